@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -265,10 +266,10 @@ def frame_skeleton(rows: int, cols: int) -> Tensor:
 def check_documents(ids: Tensor, cu_seqlens: Tensor) -> None:
     """Raises ValueError where a document's frames are malformed. ids: integer [T]; cu_seqlens: int32 [B + 1]."""
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != ids.shape[0] or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != ids.shape[0] or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to the {ids.shape[0]} tokens of input_ids, got {bounds}")
     ids = ids.cpu()
-    for document, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for document, (begin, end) in enumerate(pairwise(bounds)):
         _check_document(document, ids[begin:end])
 
 
@@ -283,7 +284,9 @@ def _check_document(document: int, ids: Tensor) -> None:
             raise ValueError(f"{where}: the frame start must be followed by its rows and columns, ids 8805..9002")
         stop = start + frame_length(rows, cols)
         if stop > len(ids):
-            raise ValueError(f"{where}: truncated, {rows} x {cols} needs {stop - start} tokens, {len(ids) - start} left")
+            raise ValueError(
+                f"{where}: truncated, {rows} x {cols} needs {stop - start}, {len(ids) - start} tokens left"
+            )
         expected_ends.append(stop - 1)
         grid = ids[start + FRAME_HEADER : stop - 1].view(rows, cols + 1)
         structural = (grid == FRAME_START) | (grid == FRAME_END)

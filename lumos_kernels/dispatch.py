@@ -1,0 +1,184 @@
+"""Which implementation of an op runs, and why.
+
+Every op lists its implementations in the order "auto" prefers them, each with one predicate: given a Problem it
+answers None, or the reason for which it refuses. Dispatch, the tests, `backends()` and the docs all ask that predicate.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, fields
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lumos_kernels import library
+
+logger = logging.getLogger("lumos_kernels")
+
+# (op, implementation) -> architectures on which "auto" may choose it: those where a result committed under
+# bench/results/ shows its tests passing and its gate reached.
+PROVEN: Mapping[tuple[str, str], frozenset[str]] = {}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an implementation may refuse on."""
+
+    device: str  # "cpu", "cuda", ...
+    dtype: torch.dtype
+    head_dim: int | None = None
+    arch: str | None = None  # "sm_90" on CUDA
+
+    @classmethod
+    def of(cls, tensor: Tensor, head_dim: int | None = None) -> Problem:
+        arch = None
+        if tensor.is_cuda:
+            major, minor = torch.cuda.get_device_capability(tensor.device)
+            arch = f"sm_{major}{minor}"
+        return cls(tensor.device.type, tensor.dtype, head_dim, arch)
+
+
+Predicate = Callable[[Problem], str | None]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's implementations, best first: name -> predicate. Their code lies in `package`.<name>."""
+
+    name: str
+    package: str
+    implementations: Mapping[str, Predicate]
+
+    def choose(self, impl: str, problem: Problem) -> ModuleType:
+        """The implementation's module. Raises ValueError with the reason if an explicit choice cannot run."""
+        return _choose(self.name, impl, _override(self.name) if impl == "auto" else None, problem)
+
+    def refusal(self, impl: str, problem: Problem, automatic: bool = False) -> str | None:
+        """Why `impl` does not run the problem; None where it does. automatic: asked for by "auto"."""
+        if impl not in self.implementations:
+            return f"{self.name} has no such implementation; there are {', '.join(self.implementations)}"
+        reason = self.implementations[impl](problem)
+        if reason is not None or not automatic or problem.device != "cuda" or impl == "reference":
+            return reason
+        if problem.arch in PROVEN.get((self.name, impl), ()):
+            return None
+        return f"not yet proven on {problem.arch} by a committed benchmark result (impl={impl!r} runs it)"
+
+
+_OPS: dict[str, Op] = {}
+
+
+def register(name: str, package: str, implementations: Mapping[str, Predicate]) -> Op:
+    _OPS[name] = Op(name, package, implementations)
+    return _OPS[name]
+
+
+def ops() -> Mapping[str, Op]:
+    """The registered ops by name."""
+    return _OPS
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(name: str, impl: str, override: str | None, problem: Problem) -> ModuleType:
+    op = _OPS[name]
+    wanted = override or impl
+    if wanted != "auto":
+        reason = op.refusal(wanted, problem)
+        if reason is not None:
+            source = f"LUMOS_IMPL={wanted}" if override else f"impl={wanted!r}"
+            raise ValueError(f"{name}: {source} cannot run here: {reason}")
+        return importlib.import_module(f"{op.package}.{wanted}")
+    refused = []
+    for candidate in op.implementations:
+        reason = op.refusal(candidate, problem, automatic=True)
+        if reason is None:
+            _log_choice(name, candidate, problem.device, "; ".join(refused))
+            return importlib.import_module(f"{op.package}.{candidate}")
+        refused.append(f"{candidate}: {reason}")
+    raise ValueError(f"{name}: no implementation runs {problem}: {'; '.join(refused)}")
+
+
+@functools.cache
+def _log_choice(name: str, chosen: str, device: str, refused: str) -> None:
+    logger.info("%s on %s uses %s%s", name, device, chosen, f" ({refused})" if refused else "")
+
+
+def _override(name: str) -> str | None:
+    """LUMOS_IMPL: one implementation for every op ("reference"), or by op ("mm_rope=triton,tube_loss=reference")."""
+    value = os.environ.get("LUMOS_IMPL", "")
+    for part in filter(None, value.split(",")):
+        op, _, impl = part.rpartition("=")
+        if op in ("", name) and impl != "auto":
+            return impl
+    return None
+
+
+# Predicates that several ops share.
+
+
+def runs_anywhere(problem: Problem) -> str | None:
+    """The reference: any device, any floating dtype."""
+    return None
+
+
+def runs_native(problem: Problem) -> str | None:
+    """The compiled CPU library: CPU tensors in bf16, fp16 or fp32."""
+    if problem.device != "cpu":
+        return f"runs CPU tensors, not {problem.device}"
+    if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"computes bfloat16, float16 and float32, not {str(problem.dtype).removeprefix('torch.')}"
+    return library.refusal()
+
+
+def runs_triton(problem: Problem) -> str | None:
+    """Triton: CUDA tensors, or CPU tensors in Triton's interpreter (TRITON_INTERPRET=1, for tests)."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if problem.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"runs CUDA tensors, not {problem.device}"
+    if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"computes bfloat16, float16 and float32, not {str(problem.dtype).removeprefix('torch.')}"
+    return None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the backend table."""
+
+    op: str
+    impl: str
+    device: str
+    status: str  # "auto" (what "auto" runs), "ready" (on request) or "-"
+    reason: str
+
+
+def table(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> list[Row]:
+    """What runs on this machine for a typical problem, for each op, implementation and device there is."""
+    devices = [torch.empty(0, dtype=dtype)]
+    if torch.cuda.is_available():
+        devices.append(torch.empty(0, dtype=dtype, device="cuda"))
+    rows = []
+    for op in _OPS.values():
+        for problem in (Problem.of(tensor, head_dim) for tensor in devices):
+            chosen = False
+            for impl in op.implementations:
+                able, automatic = op.refusal(impl, problem), op.refusal(impl, problem, automatic=True)
+                status = "-" if able else "ready" if automatic or chosen else "auto"
+                chosen |= status == "auto"
+                rows.append(Row(op.name, impl, problem.arch or problem.device, status, able or automatic or ""))
+    return rows
+
+
+def backends() -> None:
+    """Prints, for every op and implementation, whether it runs here, what "auto" takes, and why others do not."""
+    rows = [tuple(field.name for field in fields(Row)), *(astuple(row) for row in table())]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip())

@@ -1,0 +1,44 @@
+"""The compiled CPU library: loaded at first use, never at import, and its absence is a reason, not an error."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+OPS_FILE = Path(__file__).with_name("_ops.so")
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Loads the library once. None when its ops are ready, else one line saying why they are not."""
+    if not OPS_FILE.exists():
+        return "the compiled library is not installed (build it with `pip install --no-build-isolation .`)"
+    try:
+        from lumos_kernels import _host  # noqa: F401
+    except ImportError as error:
+        return f"the compiled host module does not load: {error}"
+    try:
+        torch.ops.load_library(str(OPS_FILE))
+    except OSError as error:
+        return f"the compiled library does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+def isas() -> tuple[str, ...]:
+    """Instruction sets that the library has code for and this CPU runs, best first, e.g. ("avx512", "avx2", "base")."""
+    if refusal() is not None:
+        return ()
+    from lumos_kernels import _host
+
+    return tuple(_host.supported_isas())
+
+
+def isa() -> str:
+    """The instruction set the CPU kernels use: LUMOS_CPU_ISA if set, else the best one."""
+    wanted, able = os.environ.get("LUMOS_CPU_ISA"), isas()
+    if wanted and wanted not in able:
+        raise ValueError(f"LUMOS_CPU_ISA={wanted} is not one of {', '.join(able)}, which this CPU and build support")
+    return wanted or able[0]
