@@ -52,6 +52,14 @@ def rope_head_dim(head_dim: int) -> None:
         )
 
 
+def class_slice(classes: tuple[int, int], weight: Tensor) -> tuple[int, int]:
+    """(first, last) of the class slice, rows first .. last - 1 of `weight`; ValueError if they do not exist."""
+    first, last = classes
+    if not 0 <= first < last <= weight.shape[0]:
+        raise ValueError(f"classes must satisfy 0 <= first < last <= {weight.shape[0]} (rows of weight); got {classes}")
+    return first, last
+
+
 def unit_last_stride(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is dense, else a contiguous copy (awkward gradients)."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -1,0 +1,1 @@
+from lumos_kernels.frame_attention.api import frame_attention as frame_attention
