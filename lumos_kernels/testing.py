@@ -103,7 +103,7 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, limits: RowLimits, scale: float | None = None) -> Tensor:
-    """What a user writes without this package: SDPA with the dense mask, in the inputs' dtype. Shapes as frame_attention.
+    """What a user writes without this package: SDPA with the dense mask. Shapes and dtypes as frame_attention.
 
     The low-precision yardstick of the tests and a rival in the benchmarks. Rows without keys are not allowed here.
     """

@@ -1,0 +1,25 @@
+"""Settings every test shares."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked slow too (`make test-all`)")
+
+
+def pytest_collection_modifyitems(config, items):
+    def deselect(marker):
+        dropped = [item for item in items if item.get_closest_marker(marker)]
+        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=dropped)
+
+    if not config.getoption("--all"):
+        deselect("slow")
+    if not torch.cuda.is_available():
+        deselect("gpu")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
