@@ -6,6 +6,8 @@ nll = lse - logit of the target, row loss = row_weight * (nll + z_loss * lse^2).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -31,18 +33,17 @@ def forward(
     hidden [T, C]; weight [K, C], the class slice; targets int64 [N] in [0, K); rows int64 [N]; row_weight fp32 [N].
     Returns nll [N], lse [N], correct bool [N], dhidden [T, C] or None, dweight [K, C] or None.
     """
-    w, stats = _compute(weight), []
-    for x, target in zip(hidden[rows].split(BLOCK_ROWS), targets.split(BLOCK_ROWS), strict=True):
-        logits = _compute(x) @ w.T
+    grads = _Gradients(hidden, weight, need_hidden, need_weight)
+    row_weight = grads.weight.new_ones(rows.shape) if row_weight is None else row_weight
+    stats = []
+    for row, target, factor in _blocks(rows, targets, row_weight):
+        logits = _compute(hidden[row]) @ grads.weight.T
         lse = torch.logsumexp(logits, -1)
         nll = lse - logits.gather(1, target[:, None])[:, 0]
         stats.append((nll, lse, logits.argmax(-1) == target))
+        grads.add(row, logits, lse, target, factor, z_loss)
     nll, lse, correct = (torch.cat(parts) for parts in zip(*stats, strict=True))
-    if not (need_hidden or need_weight):
-        return nll, lse, correct, None, None
-    grad = torch.ones_like(nll) if row_weight is None else row_weight.to(nll.dtype)
-    grads = backward(grad, hidden, weight, targets, rows, lse, z_loss, need_hidden, need_weight)
-    return nll, lse, correct, *grads
+    return nll, lse, correct, grads.hidden, grads.classes
 
 
 def backward(
@@ -56,19 +57,34 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of sum_i grad_rows[i] * (nll_i + z_loss * lse_i^2), with
-    d/dlogits = grad_rows * (softmax * (1 + 2 z_loss lse) - one_hot(target)).
-    """
-    w = _compute(weight)
-    dhidden = torch.zeros_like(hidden) if need_hidden else None
-    dweight = torch.zeros_like(w) if need_weight else None
-    blocks = (t.split(BLOCK_ROWS) for t in (grad_rows, targets, rows, lse))
-    for grad, target, row, lse_ in zip(*blocks, strict=True):
-        x = _compute(hidden[row])
-        dlogits = torch.exp(x @ w.T - lse_[:, None]) * (grad * (1 + 2 * z_loss * lse_))[:, None]
-        dlogits.scatter_add_(1, target[:, None], -grad[:, None])
-        if dhidden is not None:
-            dhidden[row] = (dlogits @ w).to(hidden.dtype)
-        if dweight is not None:
-            dweight += dlogits.T @ x
-    return dhidden, dweight
+    """Gradients of sum_i grad_rows[i] * (nll_i + z_loss * lse_i^2); shapes as in forward."""
+    grads = _Gradients(hidden, weight, need_hidden, need_weight)
+    for row, target, factor, lse_ in _blocks(rows, targets, grad_rows, lse):
+        grads.add(row, _compute(hidden[row]) @ grads.weight.T, lse_, target, factor, z_loss)
+    return grads.hidden, grads.classes
+
+
+def _blocks(*per_row: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(t.split(BLOCK_ROWS) for t in per_row), strict=True)
+
+
+class _Gradients:
+    """Collects the gradients of the hidden states and of the class slice over blocks of rows."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> None:
+        self.x, self.weight = hidden, _compute(weight)
+        self.hidden = torch.zeros_like(hidden) if need_hidden else None
+        self.classes = torch.zeros_like(self.weight) if need_weight else None
+
+    def add(self, rows: Tensor, logits: Tensor, lse: Tensor, target: Tensor, factor: Tensor, z_loss: float) -> None:
+        """Adds factor * d(nll + z_loss lse^2); the gradient factor * (softmax * (1 + 2 z_loss lse) - one_hot(target))
+        takes the place of the logits.
+        """
+        if self.hidden is None and self.classes is None:
+            return
+        dlogits = logits.sub_(lse[:, None]).exp_().mul_((factor * (1 + 2 * z_loss * lse))[:, None])
+        dlogits.scatter_add_(1, target[:, None], -factor[:, None].to(dlogits.dtype))
+        if self.hidden is not None:
+            self.hidden[rows] = (dlogits @ self.weight).to(self.hidden.dtype)
+        if self.classes is not None:
+            self.classes.addmm_(dlogits.T, _compute(self.x[rows]))
