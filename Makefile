@@ -1,0 +1,38 @@
+# make demo   from nothing: tokenise real clips, train a tiny model, compare with the official way, write demo/report.md
+# make test   from nothing: every test but those marked slow
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Byte-compiling the whole of torch would take longer than downloading it.
+PIP := $(VENV)/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint .ci/constraints.txt
+SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/cpu/* csrc/include/lumos/*)
+
+.PHONY: setup demo test test-all bench lint clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml .ci/constraints.txt $(SOURCES)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch triton
+	$(PIP) setuptools pybind11 ninja
+	$(PIP) --no-build-isolation --editable '.[test,demo,dev]'
+	touch $@
+
+demo: setup
+	$(RUN) -m bench.demo --out demo
+
+test: setup
+	$(RUN) -m pytest tests
+
+test-all: setup
+	$(RUN) -m pytest tests --all
+
+bench: setup
+	$(RUN) -m bench
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build demo lumos_kernels/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
