@@ -1,0 +1,42 @@
+// The Python side of the compiled library that needs no tensors: which instruction sets there are. No torch headers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "lumos/isa.h"
+
+namespace {
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const lumos::IsaInfo& info : lumos::kIsas) {
+    if (info.supported()) names.emplace_back(info.name);
+  }
+  return names;
+}
+
+std::map<std::string, int> isa_values() {
+  std::map<std::string, int> values;
+  for (const lumos::IsaInfo& info : lumos::kIsas) values[info.name] = static_cast<int>(info.isa);
+  return values;
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "gcc " __VERSION__;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "What the compiled library offers on this CPU.";
+  m.def("supported_isas", supported_isas, "Instruction sets with compiled kernels that this CPU runs, best first.");
+  m.attr("ISA_VALUES") = isa_values();  // what the ops of _ops.so take for `isa`
+  m.attr("COMPILER") = compiler();
+}

@@ -1,0 +1,67 @@
+// bfloat16 and IEEE half as storage types, with scalar conversions that round to nearest even.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace lumos {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+// Internal to each file that includes them, like all code that several instruction sets compile (see simd_base.h).
+namespace {
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+inline float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+
+inline BFloat16 to_bfloat16(float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return {static_cast<uint16_t>(x != x ? 0x7fc0 : rounded)};
+}
+
+/// Moving the 15 bits below the sign into a float's place leaves the value 2^112 too small, subnormals included.
+inline float to_float(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  const bool finite = magnitude < (0x7c00u << 13);
+  const uint32_t scaled = finite ? bits_of(float_of(magnitude) * 0x1p112f) : magnitude | 0x7f800000;
+  return float_of(sign | scaled);
+}
+
+inline Half to_half(float x) {
+  const uint32_t sign = bits_of(x) >> 16 & 0x8000;
+  const uint32_t bits = bits_of(x) & 0x7fffffff;
+  uint32_t half;
+  if (bits > 0x7f800000) {
+    half = 0x7e00;  // NaN
+  } else if (bits >= 0x477ff000) {
+    half = 0x7c00;  // 65520 and more round to infinity
+  } else if (bits < 0x38800000) {
+    // Below 2^-14: adding 0.5 puts the last bit of a half subnormal, 2^-24, at the last bit of the float.
+    half = bits_of(float_of(bits) + 0.5f) - 0x3f000000;
+  } else {
+    half = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+
+}  // namespace
+}  // namespace lumos
