@@ -1,0 +1,388 @@
+"""The Lumos-1 network: a Llama-like decoder over a packed stream of text and frames (arXiv 2507.08801, section 3).
+
+Parameters carry the official names, so official checkpoints load as they are. What is particular to the model is in
+three ops of lumos_kernels: mm_rope (q/k LayerNorm and 3-axis rotation), frame_attention (causal over text and frames,
+bidirectional inside a frame) and tube_masked_loss (masked slots against the visual columns only).
+
+Legend of the shape suffixes: T tokens of the packed stream (B rows x L tokens where the input is [B, L]), C hidden,
+H query heads, K key/value heads, D head_dim, F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lumos.config import LumosConfig
+from lumos_kernels import FrameLayout, frame_attention, mm_rope, tube_masked_loss
+from lumos_kernels.layout import RowLimits
+
+QK_NORM_EPS = 1e-5
+
+
+class KeyValueCache(Protocol):
+    """What sampling plugs into the layers: update stores or extends the keys and values of one layer."""
+
+    def update(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the new tokens' keys and values, returns those that the new queries attend to, in stream order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What every layer needs to know of the packed stream.
+
+    positions: int32 [3, T]; limits: RowLimits of T queries over the keys (of the cache, where there is one).
+    impl: implementation of every op, or of the ops named in a mapping ("mm_rope", "frame_attention",
+        "tube_masked_loss"); the others are "auto".
+    """
+
+    positions: Tensor
+    limits: RowLimits
+    impl: str | Mapping[str, str] = "auto"
+    cache: KeyValueCache | None = None
+
+
+@dataclass
+class LumosOutput:
+    """loss: fp32 scalar, None without labels. hidden_states: [B, L, C] or [T, C], after the final norm.
+
+    nll: fp32 [T], the cross entropy of each target slot, 0 elsewhere, no gradient; targets: bool [T]; both None
+    without labels.
+    """
+
+    loss: Tensor | None
+    hidden_states: Tensor
+    layout: FrameLayout = field(repr=False)
+    nll: Tensor | None = field(default=None, repr=False)
+    targets: Tensor | None = field(default=None, repr=False)
+
+    @cached_property
+    def frame_losses(self) -> Tensor:
+        """fp32 [F]: mean cross entropy over the target slots of frame f in all documents, nan where there are none.
+
+        Exact for every mask, unlike upstream's estimate. Computed when read: reading it waits for the device.
+        """
+        sums, counts = self.frame_sums(self.layout.num_frames)
+        return (sums / counts).float()
+
+    def frame_sums(self, num_frames: int) -> tuple[Tensor, Tensor]:
+        """fp64 [F] sums of the cross entropy and fp64 [F] counts of target slots by frame, without a host sync.
+
+        What several devices add up before they divide. num_frames: F, at least layout.num_frames.
+        """
+        if self.nll is None:
+            raise ValueError("frame losses need labels: call the model with labels=")
+        frame_T = torch.where(self.targets, self.layout.frame_index, num_frames).long()
+        sums = self.nll.new_zeros(2, num_frames + 1, dtype=torch.float64)
+        sums.index_add_(1, frame_T, torch.stack([self.nll.double(), self.targets.double()]))
+        return sums[0, :num_frames], sums[1, :num_frames]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, rounded to x's dtype, then times weight. weight: [C]."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+class HeadNorm(nn.Module):
+    """Parameters of the LayerNorm over head_dim that mm_rope applies: weight and bias [model_parallel_size, D]."""
+
+    def __init__(self, groups: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, head_dim))
+        self.bias = nn.Parameter(torch.empty(groups, head_dim))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LumosConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        q_size, kv_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = HeadNorm(config.model_parallel_size, self.head_dim)
+        self.k_norm = HeadNorm(config.model_parallel_size, self.head_dim)
+
+    def forward(self, x_TC: Tensor, stream: Stream) -> Tensor:
+        q_THD = self.q_proj(x_TC).unflatten(-1, (-1, self.head_dim))
+        k_TKD = self.k_proj(x_TC).unflatten(-1, (-1, self.head_dim))
+        v_TKD = self.v_proj(x_TC).unflatten(-1, (-1, self.head_dim))
+        q_THD, k_TKD = mm_rope(
+            q_THD,
+            k_TKD,
+            stream.positions,
+            theta=self.theta,
+            q_norm=self.q_norm(),
+            k_norm=self.k_norm(),
+            eps=QK_NORM_EPS,
+            impl=choose_impl(stream.impl, "mm_rope"),
+        )
+        if stream.cache is not None:
+            k_TKD, v_TKD = stream.cache.update(self.layer, k_TKD, v_TKD)
+        o_THD = frame_attention(
+            q_THD,
+            k_TKD,
+            v_TKD,
+            stream.limits,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            impl=choose_impl(stream.impl, "frame_attention"),
+        )
+        return self.o_proj(o_THD.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LumosConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TC)) * self.up_proj(x_TC))
+
+
+class Block(nn.Module):
+    """One layer. swin_norm puts the norms behind the branches instead of before them."""
+
+    def __init__(self, config: LumosConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.swin_norm, self.dropout = config.swin_norm, config.dropout
+        self.checkpointed = False
+
+    def forward(self, x_TC: Tensor, stream: Stream) -> Tensor:
+        if self.checkpointed and self.training and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_TC, stream, use_reentrant=False)
+        return self._forward(x_TC, stream)
+
+    def _forward(self, x_TC: Tensor, stream: Stream) -> Tensor:
+        if self.swin_norm:
+            x_TC = x_TC + self._drop(self.input_layernorm(self.self_attn(x_TC, stream)))
+            return x_TC + self._drop(self.post_attention_layernorm(self.mlp(x_TC)))
+        x_TC = x_TC + self._drop(self.self_attn(self.input_layernorm(x_TC), stream))
+        return x_TC + self._drop(self.mlp(self.post_attention_layernorm(x_TC)))
+
+    def _drop(self, x_TC: Tensor) -> Tensor:
+        return F.dropout(x_TC, self.dropout, self.training) if self.dropout else x_TC
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: LumosConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids_T: Tensor, stream: Stream) -> Tensor:
+        """ids_T: int64 [T] -> [T, C] after the final norm."""
+        x_TC = self.embed_tokens(ids_T)
+        for layer in self.layers:
+            x_TC = layer(x_TC, stream)
+        return self.norm(x_TC)
+
+
+class Lumos(nn.Module):
+    """Lumos-1 with its loss.
+
+    impl: implementation of the ops, one name for all or a mapping by op name ("mm_rope", "frame_attention",
+        "tube_masked_loss"); an attribute that may be changed at any time.
+    Parameters are made on torch's default device and drawn by reset_parameters; on the meta device nothing is.
+    """
+
+    def __init__(self, config: LumosConfig, impl: str | Mapping[str, str] = "auto") -> None:
+        super().__init__()
+        self.config, self.impl = config, impl
+        device = torch.get_default_device()
+        with torch.device("meta"):  # so that torch's own initialisation does not run first
+            self.model = Decoder(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.to_empty(device=device)
+        self.reset_parameters()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+    ) -> Lumos:
+        """Loads an official checkpoint, a folder or a Hugging Face repository: lumos.checkpoint.load_pretrained."""
+        from lumos.checkpoint import load_pretrained
+
+        return load_pretrained(cls, path, subfolder=subfolder, dtype=dtype, device=device, revision=revision)
+
+    def save_pretrained(self, path: str | Path, max_shard_size: int | str = "5GB") -> None:
+        """Writes an official checkpoint folder (lumos.checkpoint.save_pretrained)."""
+        from lumos.checkpoint import save_pretrained
+
+        save_pretrained(self, path, max_shard_size=max_shard_size)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weights for training from scratch: normal with std initializer_range, norms 1, biases 0."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(std=self.config.initializer_range)
+            elif isinstance(module, (RMSNorm, HeadNorm)):
+                module.weight.fill_(1)
+                if isinstance(module, HeadNorm):
+                    module.bias.zero_()
+
+    def checkpoint_layers(self, every: int = 1) -> None:
+        """Recompute every n-th layer in the backward pass instead of keeping its activations; 0 keeps all of them."""
+        for number, layer in enumerate(self.model.layers):
+            layer.checkpointed = bool(every) and number % every == 0
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        layout: FrameLayout | None = None,
+        rows: Tensor | None = None,
+        *,
+        z_loss_weight: float | None = None,
+        focal_gamma: float = 0.0,
+        decay_start: float | None = None,
+    ) -> LumosOutput:
+        """Hidden states of a batch and, with labels, its loss: mean cross entropy over the target slots.
+
+        input_ids: int64 [B, L], documents padded at the end; or packed [T], then with layout.
+        labels: int64, same shape. Target slots are those whose label is a visual code (in config.classes); every
+            other label is ignored. No shift: slot i predicts its own token.
+        layout: of input_ids, on its device; made from them where left out.
+        rows: int32 [N], the target slots as indices into the stream (MaskedBatch.rows): saves counting them.
+        z_loss_weight: of mean(logsumexp^2) over the class slice, None for config.z_loss_weight.
+        focal_gamma: 0, or >= 1 (upstream 2): each slot's cross entropy is scaled by (1 - p_target)^gamma.
+        decay_start: weight of the first frame's slots; the weights rise linearly to 1 in the document's last frame
+            and the mean still divides by the number of slots (upstream's CEDecay). Neither option scales the z-loss.
+
+        Raises ValueError for a shape, a layout or an option that does not fit, and for documents longer than
+        config.max_position_embeddings (upstream cuts them silently). Documents of a packed stream are measured
+        where the layout is on the CPU: on a GPU that would make the host wait.
+        """
+        layout = self._checked_layout(input_ids, layout)
+        stream = Stream(layout.positions, layout.limits, self.impl)
+        hidden_TC = self.model(input_ids.reshape(-1), stream)
+        output = LumosOutput(None, hidden_TC.view(*input_ids.shape, -1), layout)
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ValueError(f"labels must have the shape of input_ids {[*input_ids.shape]}, got {[*labels.shape]}")
+            z_loss = self.config.z_loss_weight if z_loss_weight is None else z_loss_weight
+            self._add_loss(output, hidden_TC, labels.reshape(-1), rows, z_loss, focal_gamma, decay_start)
+        return output
+
+    def logits(self, hidden: Tensor, classes: tuple[int, int] | None = None) -> Tensor:
+        """hidden [..., C] -> [..., hi - lo], logits of the ids lo..hi-1. classes: (lo, hi), None for config.classes."""
+        lo, hi = self.config.classes if classes is None else classes
+        return F.linear(hidden, self.lm_head.weight[lo:hi])
+
+    def _add_loss(
+        self,
+        output: LumosOutput,
+        hidden_TC: Tensor,
+        labels_T: Tensor,
+        rows: Tensor | None,
+        z_loss: float,
+        focal_gamma: float,
+        decay_start: float | None,
+    ) -> None:
+        """Fills loss, nll and targets. The only place that reads lm_head in training."""
+        if focal_gamma != 0 and focal_gamma < 1:
+            raise ValueError(
+                f"focal_gamma must be 0 or >= 1 (its gradient at p = 1 is infinite below), got {focal_gamma}"
+            )
+        lo, hi = self.config.classes
+        weight_T = None if decay_start is None else frame_decay(output.layout, decay_start)
+        scaled = bool(focal_gamma) or weight_T is not None
+
+        def slot_losses(reduction: str, z_loss: float = 0.0, token_weight: Tensor | None = None) -> tuple:
+            return tube_masked_loss(
+                hidden_TC,
+                self.lm_head.weight,
+                labels_T,
+                classes=(lo, hi),
+                rows=rows,
+                reduction=reduction,
+                z_loss=z_loss,
+                token_weight=token_weight,
+                impl=choose_impl(self.impl, "tube_masked_loss"),
+                return_stats=True,
+            )
+
+        output.targets = (labels_T >= lo) & (labels_T < hi)
+        if not focal_gamma:
+            # The op would weight the z-loss as well, so where both are asked for it is added on its own below.
+            loss, stats = slot_losses("mean", 0.0 if scaled else z_loss, weight_T)
+        else:
+            count = output.targets.sum().clamp_min(1)
+            nll_T, stats = slot_losses("none")
+            focal_T = (-torch.expm1(-nll_T)) ** focal_gamma * nll_T
+            loss = (focal_T if weight_T is None else focal_T * weight_T).sum() / count
+        if z_loss and scaled:
+            loss = loss + slot_losses("mean", z_loss)[0] - slot_losses("mean")[0]
+        output.loss, output.nll = loss, stats.nll
+
+    def _checked_layout(self, input_ids: Tensor, layout: FrameLayout | None) -> FrameLayout:
+        if layout is None:
+            if input_ids.dim() != 2:
+                raise ValueError(
+                    f"packed input_ids {[*input_ids.shape]} need layout=FrameLayout.from_tokens(input_ids, cu_seqlens)"
+                )
+            layout = FrameLayout.from_tokens(input_ids)
+        elif layout.num_tokens != input_ids.numel() or layout.positions.device != input_ids.device:
+            raise ValueError(
+                f"layout must describe the {input_ids.numel()} tokens of input_ids on {input_ids.device}, "
+                f"got {layout.num_tokens} on {layout.positions.device}"
+            )
+        limit = self.config.max_position_embeddings
+        longest = input_ids.shape[-1]
+        if input_ids.dim() == 1 and longest > limit and layout.cu_seqlens.device.type == "cpu":
+            longest = int(layout.cu_seqlens.diff().max())
+        elif input_ids.dim() == 1:
+            longest = 0
+        if longest > limit:
+            raise ValueError(f"a document has {longest} tokens, more than max_position_embeddings {limit}")
+        return layout
+
+
+def frame_decay(layout: FrameLayout, start: float) -> Tensor:
+    """fp32 [T]: on content linspace(start, 1) over the frames of its document (one frame: start), 1 elsewhere."""
+    frame_T = layout.frame_index
+    token_T = torch.arange(layout.num_tokens, dtype=torch.int32, device=frame_T.device)
+    document_T = torch.searchsorted(layout.cu_seqlens[1:], token_T, right=True)
+    last_B = torch.zeros_like(layout.cu_seqlens[1:]).scatter_reduce(0, document_T, frame_T, "amax")
+    step_T = frame_T / last_B[document_T].clamp_min(1)
+    return torch.where(frame_T >= 0, start + (1 - start) * step_T, 1.0)
+
+
+def choose_impl(impl: str | Mapping[str, str], op: str) -> str:
+    """The implementation of one op out of a name for all of them or a mapping by op name."""
+    return impl if isinstance(impl, str) else impl.get(op, "auto")
