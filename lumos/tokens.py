@@ -6,7 +6,8 @@ A document is `0, text..., 8710, 9004, 8804 + seconds, 8804 + fps, frames..., 90
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,35 +24,11 @@ from lumos_kernels.layout import (
     NEW_LINE,
     NUMBER_BASE,
     TEXT_START,
+    TIME_STRIDE,
     check_documents,
     frame_length,
     frame_skeleton,
 )
-
-__all__ = [
-    "FRAME_END",
-    "FRAME_HEADER",
-    "FRAME_START",
-    "GRID_UNIT",
-    "MASK",
-    "NEW_LINE",
-    "NUMBER_BASE",
-    "NUM_CODES",
-    "PLACEHOLDERS",
-    "SEPARATOR",
-    "TEXT_START",
-    "VIDEO_END",
-    "VIDEO_START",
-    "VISUAL_START",
-    "ByteTokenizer",
-    "Document",
-    "TextTokenizer",
-    "Tokenizer",
-    "build_document",
-    "load_tokenizer",
-    "number",
-    "parse_document",
-]
 
 SEPARATOR = 8710
 VIDEO_START = 9004
@@ -59,15 +36,16 @@ VIDEO_END = 9005
 VISUAL_START = 65536  # code c is the id VISUAL_START + c
 NUM_CODES = 64000
 PLACEHOLDERS = (65538, 65539, 65540)  # resolution, frames, fps inside the text of official samples
+IGNORED = -100  # label of tokens that are not predicted
 
 _NOT_TEXT = (FRAME_START, FRAME_END, NEW_LINE, MASK, VIDEO_START, VIDEO_END)
 _BYTE_BASE = 16384
 
 
-def number(n: int) -> int:
-    """The id that writes the number n: 8804 + n, 0 < n < 199. ValueError outside."""
+def number(n: int, name: str = "n") -> int:
+    """The id that writes the number n: 8804 + n, 0 < n < 199. ValueError outside, with the argument's name."""
     if not 0 < n < MASK - NUMBER_BASE:
-        raise ValueError(f"a number token holds 1..{MASK - NUMBER_BASE - 1}, got {n}")
+        raise ValueError(f"{name} must be 1..{MASK - NUMBER_BASE - 1} to fit a number token, got {n}")
     return NUMBER_BASE + n
 
 
@@ -134,6 +112,56 @@ def load_tokenizer(path: str | Path | None) -> Tokenizer:
     return ByteTokenizer() if path is None else TextTokenizer(path)
 
 
+def latent_frames(pictures: int) -> int:
+    """Latent frames of a clip: ceil((pictures - 1) / 4) + 1; the first holds one picture, each later one four."""
+    return -(-(pictures - 1) // TIME_STRIDE) + 1
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the parts of a document lie, and what its headers say.
+
+    begin, stop: positions of the video start and of the video end.
+    frames: (start, end) of each frame, from its 8197 to one past its 8196; all of rows x cols codes.
+    """
+
+    begin: int
+    stop: int
+    seconds: int
+    fps: int
+    rows: int
+    cols: int
+    frames: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, ids: Tensor) -> Spans:
+        """Reads them off a document, integer [L], masked or not. ValueError says what is malformed and where.
+
+        Between video start and end lie seconds, fps and at least one frame and nothing else; no frame lies outside.
+        """
+        if ids.dim() != 1 or ids.is_floating_point():
+            raise ValueError(f"ids must be integers [L]; got {ids.dtype} {list(ids.shape)}")
+        if len(ids) and (ids.min() < 0 or ids.max() >= VISUAL_START + NUM_CODES):
+            raise ValueError(f"ids must be in [0, {VISUAL_START + NUM_CODES}), got {int(ids.min())}..{int(ids.max())}")
+        begin, stop = (_only(ids, mark, name) for mark, name in ((VIDEO_START, "start"), (VIDEO_END, "end")))
+        header = ids[begin + 1 : begin + 3]
+        if len(header) < 2 or ((header <= NUMBER_BASE) | (header >= MASK)).any():
+            raise ValueError(f"video start at token {begin} must be followed by seconds and fps, ids 8805..9002")
+        check_documents(ids, torch.tensor([0, len(ids)]))
+        starts = (ids == FRAME_START).nonzero().flatten().tolist()
+        grids = {tuple(GRID_UNIT * (n - NUMBER_BASE) for n in ids[at + 1 : at + 3].tolist()) for at in starts}
+        if len(grids) != 1:
+            raise ValueError(f"a document holds at least one frame, all of one grid; got the grids {sorted(grids)}")
+        rows, cols = grids.pop()
+        length = frame_length(rows, cols)
+        expected = list(range(begin + 3, stop, length))
+        if starts != expected or expected[-1] + length != stop:
+            raise ValueError(f"frames start at {starts}; they must fill the video, tokens {begin + 3} to {stop}")
+        frames = [(at, at + length) for at in starts]
+        seconds, fps = (n - NUMBER_BASE for n in header.tolist())
+        return cls(begin, stop, seconds, fps, rows, cols, frames)
+
+
 @dataclass(frozen=True)
 class Document:
     """What a document says.
@@ -162,7 +190,7 @@ def build_document(text_ids: Sequence[int] | Tensor | None, codes: Tensor, secon
     if codes.min() < 0 or codes.max() >= NUM_CODES:
         raise ValueError(f"codes must be in [0, {NUM_CODES}), got {int(codes.min())}..{int(codes.max())}")
     frames, rows, cols = codes.shape
-    header = [VIDEO_START, _named_number("seconds", seconds), _named_number("fps", fps)]
+    header = [VIDEO_START, number(seconds, "seconds"), number(fps, "fps")]
     if text_ids is not None:
         text = torch.as_tensor(text_ids, dtype=torch.int64).reshape(-1)
         _check_text(text)
@@ -179,25 +207,18 @@ def parse_document(ids: Tensor) -> Document:
     ids: integer [L]; may start at the video start instead of the text, and may lack the last separator.
     Raises ValueError saying what is wrong and where: structure, grids that differ, masked slots, ids that are no code.
     """
-    if ids.dim() != 1 or ids.is_floating_point():
-        raise ValueError(f"ids must be integers [L]; got {ids.dtype} {list(ids.shape)}")
-    ids = ids.cpu().long()
-    begin, stop = video_span(ids)
+    ids = ids.cpu()
+    spans = Spans.of(ids)
+    begin, stop, rows, cols = spans.begin, spans.stop, spans.rows, spans.cols
     if (stop + 1 < len(ids) and ids[stop + 1] != SEPARATOR) or stop + 2 < len(ids):
         raise ValueError(f"video end at token {stop} must be followed by one separator ({SEPARATOR}) and nothing else")
     text_ids = None
     if begin:
         if begin < 2 or ids[0] != TEXT_START or ids[begin - 1] != SEPARATOR:
             raise ValueError(f"the text before the video start must begin with {TEXT_START} and end with {SEPARATOR}")
-        text_ids = ids[1 : begin - 1]
+        text_ids = ids[1 : begin - 1].long()
         _check_text(text_ids)
-    seconds, fps = (int(value) - NUMBER_BASE for value in ids[begin + 1 : begin + 3])
-    frames = ids[begin + 3 : stop]
-    rows, cols = (int(value - NUMBER_BASE) * GRID_UNIT for value in frames[1:3])
-    length = frame_length(rows, cols)
-    frames = frames.reshape(-1, length) if len(frames) % length == 0 else None
-    if frames is None or (frames[:, :FRAME_HEADER] != frames[0, :FRAME_HEADER]).any():
-        raise ValueError(f"the frames of a document must share one grid; frame 0 has {rows} x {cols} codes")
+    frames = ids[begin + 3 : stop].long().unflatten(0, (len(spans.frames), -1))
     grid = frames[:, FRAME_HEADER:-1].unflatten(1, (rows, cols + 1))
     codes = grid[:, :, :cols] - VISUAL_START
     wrong = ((codes < 0) | (codes >= NUM_CODES)).nonzero()
@@ -208,38 +229,119 @@ def parse_document(ids: Tensor) -> Document:
         raise ValueError(f"frame {frame}, row {row}, column {col} {what}; {len(wrong)} such slots")
     if (grid[:, :, cols] != NEW_LINE).any():
         raise ValueError("masked new lines: every line of codes must end with 8803")
-    return Document(text_ids, seconds, fps, codes)
+    return Document(text_ids, spans.seconds, spans.fps, codes)
 
 
-def video_span(ids: Tensor) -> tuple[int, int]:
-    """Positions of the video start and the video end of one document, ids int64 [L] on the CPU.
+def cut_video(ids: Tensor, fps: int, seconds: int, numbers: Mapping[int, Sequence[int]] | None = None) -> Tensor:
+    """The document cut to a duration as upstream does before training: int64 [L'].
 
-    Between them lie seconds, fps and at least one frame, and nothing else; no frame lies outside. ValueError if not.
+    Latent frame j stays if j % (data_fps // fps) == 0 and (j + 1) / data_fps <= latent_frames / fps, where data_fps is
+    what the document says and latent_frames = ceil((fps * seconds - 1) / 4) + 1; seconds and fps are rewritten. With
+    `numbers` (number -> text ids, see read_numbers) the placeholders 65539 and 65540 in the text become fps * seconds
+    and fps. An image (one frame, 1 s, 1 fps) stays an image.
+
+    ids: integer [L]. Raises ValueError for a malformed document, an fps that does not divide the document's, a
+    document shorter than asked for, a number that `numbers` lacks.
     """
-    marks = [((ids == mark).nonzero().flatten().tolist(), mark) for mark in (VIDEO_START, VIDEO_END)]
-    for places, mark in marks:
-        if len(places) != 1:
-            raise ValueError(f"a document has one video start (9004) and one video end (9005); {mark} at {places}")
-    begin, stop = marks[0][0][0], marks[1][0][0]
-    header = ids[begin + 1 : begin + 3]
-    if len(header) < 2 or ((header <= NUMBER_BASE) | (header >= MASK)).any():
-        raise ValueError(f"video start at token {begin} must be followed by seconds and fps, ids 8805..9002")
-    check_documents(ids, torch.tensor([0, len(ids)]))
-    at = begin + 3
-    while at < stop and ids[at] == FRAME_START:
-        at += frame_length(*(int(ids[at + axis] - NUMBER_BASE) * GRID_UNIT for axis in (1, 2)))
-    if at != stop or at == begin + 3:
-        raise ValueError(f"token {at}: expected frames from token {begin + 3} to the video end at token {stop}")
-    if (ids[:begin] == FRAME_START).any() or (ids[stop:] == FRAME_START).any():
-        raise ValueError("frame starts (8197) outside the video")
-    return begin, stop
+    return cut_with_labels(ids, None, fps, seconds, numbers)[0]
 
 
-def _named_number(name: str, n: int) -> int:
+def take_frames(ids: Tensor, n: int) -> Tensor:
+    """The document's first n latent frames: int64 [L'].
+
+    Its seconds become what 4 (n - 1) pictures last, rounded, at least 1 and at most what they were; a single frame
+    becomes an image (1 s, 1 fps); all frames leave the document as it is. ValueError where n is not 1..its frames.
+    """
+    spans = Spans.of(ids)
+    if not 0 < n <= len(spans.frames):
+        raise ValueError(f"n must be 1..{len(spans.frames)}, the frames of the document; got {n}")
+    if n == len(spans.frames):
+        return ids.long()
+    seconds = int(TIME_STRIDE * (n - 1) / spans.fps + 0.5)
+    seconds, fps = (1, 1) if n == 1 else (min(max(seconds, 1), spans.seconds), spans.fps)
+    return _keep(ids, None, spans, range(n), seconds, fps)[0]
+
+
+def drop_text(ids: Tensor) -> Tensor:
+    """The document from its video start on, int64 [L'], for guidance. ValueError where there is no video start."""
+    starts = (ids == VIDEO_START).nonzero()
+    if not len(starts):
+        raise ValueError(f"the document has no video start ({VIDEO_START})")
+    return ids[int(starts[0]) :].long()
+
+
+def read_numbers(path: str | Path) -> dict[int, list[int]]:
+    """The table number -> text ids for cut_video, from a JSON object of the official form {"12": [16400, 16401]}."""
     try:
-        return number(n)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        table = {int(key): value for key, value in json.loads(Path(path).read_text()).items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of numbers: {error}") from error
+    for key, ids in table.items():
+        if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i < VISUAL_START for i in ids):
+            raise ValueError(f"{path}: the ids of number {key} must be a list of text ids, got {ids!r}")
+    return table
+
+
+def cut_with_labels(
+    ids: Tensor, labels: Tensor | None, fps: int, seconds: int, numbers: Mapping[int, Sequence[int]] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """cut_video on a document and its labels, int64 [L] with -100 where nothing is predicted."""
+    number(fps, "fps"), number(seconds, "seconds")
+    spans = Spans.of(ids)
+    if len(spans.frames) == spans.seconds == spans.fps == 1:
+        fps = seconds = 1
+    if spans.fps % fps:
+        raise ValueError(f"fps {fps} does not divide the document's {spans.fps}: latent frames cannot be resampled")
+    wanted = latent_frames(fps * seconds)
+    kept = [j for j in range(0, len(spans.frames), spans.fps // fps) if (j + 1) * fps <= wanted * spans.fps]
+    if len(kept) < wanted:
+        raise ValueError(
+            f"seconds: {seconds} s at {fps} fps are {wanted} latent frames, the document has {len(kept)} of them"
+        )
+    ids, labels = _keep(ids, labels, spans, kept, seconds, fps)
+    if numbers is not None:
+        for placeholder, value in zip(PLACEHOLDERS[1:], (fps * seconds, fps), strict=True):
+            ids, labels = _replace(ids, labels, placeholder, numbers, value)
+    return ids, labels
+
+
+def _keep(
+    ids: Tensor, labels: Tensor | None, spans: Spans, kept: Sequence[int], seconds: int, fps: int
+) -> tuple[Tensor, Tensor | None]:
+    """ids and labels with only the frames `kept`, and the header rewritten."""
+    pieces = [(0, spans.frames[0][0]), *(spans.frames[j] for j in kept), (spans.stop, len(ids))]
+    index = torch.cat([torch.arange(*piece) for piece in pieces])
+    header = torch.tensor([number(seconds), number(fps)])
+    here = slice(spans.begin + 1, spans.begin + 3)
+    ids = ids[index].long()
+    ids[here] = header
+    if labels is not None:
+        labels = labels[index].long()
+        labels[here] = torch.where(labels[here] == IGNORED, IGNORED, header)
+    return ids, labels
+
+
+def _replace(
+    ids: Tensor, labels: Tensor | None, placeholder: int, numbers: Mapping[int, Sequence[int]], value: int
+) -> tuple[Tensor, Tensor | None]:
+    """The placeholders before the video, where the same id is no code, replaced by the ids of the number."""
+    if value not in numbers:
+        raise ValueError(f"numbers has no ids for {value}")
+    new = torch.tensor(list(numbers[value]), dtype=torch.int64)
+    end = int((ids == VIDEO_START).nonzero()[0])
+    # From the last to the first, so that the earlier positions stay valid. Text is never predicted.
+    for at in reversed((ids[:end] == placeholder).nonzero().flatten().tolist()):
+        ids = torch.cat([ids[:at], new, ids[at + 1 :]])
+        if labels is not None:
+            labels = torch.cat([labels[:at], torch.full_like(new, IGNORED), labels[at + 1 :]])
+    return ids, labels
+
+
+def _only(ids: Tensor, mark: int, name: str) -> int:
+    places = (ids == mark).nonzero().flatten().tolist()
+    if len(places) != 1:
+        raise ValueError(f"a document has one video {name} ({mark}); got it at {places}")
+    return places[0]
 
 
 def _check_text(text: Tensor) -> None:

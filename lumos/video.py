@@ -20,14 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumos.tokens import NUM_CODES
+from lumos_kernels.layout import SPACE_STRIDE, TIME_STRIDE
 
 SIZE_UNIT = 32  # a frame header counts rows and columns in units of 4 codes of 8 pixels
-TIME_PATCH = 4  # pictures of every latent frame but the first, which holds one
-PATCH = 8  # pixels a code covers in each direction
 
 # Containers such as Matroska round timestamps to milliseconds: a picture stamped this much late still counts as shown.
 _STAMP_TOLERANCE = Fraction(1, 1000)
 _SEEK_FROM = 2.0  # seconds; below that decoding from the beginning is as fast as seeking
+
+
+class ClipTooShortError(ValueError):
+    """A clip ends before the pictures asked for."""
 
 
 def read_video(
@@ -50,7 +53,7 @@ def read_video(
     size: (H, W), multiples of 32; the source is scaled to cover it and cropped at the centre. None keeps the source
         size, scaled down to at most max_pixels = H * W where that is given, and cropped to multiples of 32.
     Raises FileNotFoundError for a missing file, ValueError naming the argument otherwise: no video stream, broken
-    data, a size that is not a multiple of 32, a clip shorter than asked for.
+    data, a size that is not a multiple of 32; ClipTooShortError, a ValueError, saying how much is there.
     """
     rate = _rate("fps", fps)
     if start < 0:
@@ -72,7 +75,7 @@ def read_video(
         pictures.append(_fit(shown, size, max_pixels))
     if not pictures or (count is not None and len(pictures) < count):
         asked = "one picture" if seconds is None else f"{count} pictures ({seconds} s at {fps} fps)"
-        raise ValueError(
+        raise ClipTooShortError(
             f"path: {path} is {float(end):.3f} s long and holds {len(pictures)} of the {asked} asked for "
             f"from start {start} s"
         )
@@ -301,11 +304,6 @@ class VideoCodec(Protocol):
         ...
 
 
-def latent_frames(pictures: int) -> int:
-    """Latent frames of a clip: ceil((pictures - 1) / 4) + 1."""
-    return (pictures - 1 + TIME_PATCH - 1) // TIME_PATCH + 1
-
-
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # of Cosmos DV4x8x8; the first digit of a code is the least significant
 
 # ITU-R BT.601 luma and colour differences.
@@ -347,13 +345,13 @@ class DctCodec:
         to fill the last group. Raises ValueError for another shape or dtype."""
         if video.dim() != 4 or video.shape[0] != 3 or not video.is_floating_point() or 0 in video.shape:
             raise ValueError(f"video must be float [3, F, H, W] and not empty; got {video.dtype} {list(video.shape)}")
-        if video.shape[2] % PATCH or video.shape[3] % PATCH:
-            raise ValueError(f"video height and width must be multiples of {PATCH}, got {list(video.shape[2:])}")
+        if video.shape[2] % SPACE_STRIDE or video.shape[3] % SPACE_STRIDE:
+            raise ValueError(f"video height and width must be multiples of {SPACE_STRIDE}, got {list(video.shape[2:])}")
         planes = torch.einsum("yc,cfhw->yfhw", torch.tensor(_TO_YCC, device=video.device), video.float())
-        padding = -(planes.shape[1] - 1) % TIME_PATCH
+        padding = -(planes.shape[1] - 1) % TIME_STRIDE
         planes = torch.cat([planes, planes[:, -1:].expand(-1, padding, -1, -1)], dim=1)
         first = _encode_blocks(planes[:, :1], 1)
-        return torch.cat([first, _encode_blocks(planes[:, 1:], TIME_PATCH)]) if planes.shape[1] > 1 else first
+        return torch.cat([first, _encode_blocks(planes[:, 1:], TIME_STRIDE)]) if planes.shape[1] > 1 else first
 
     def decode(self, codes: Tensor) -> Tensor:
         """int64 [f, R, C_] in [0, 64000) -> float32 [3, 1 + 4 (f - 1), 8 R, 8 C_] in [-1, 1]."""
@@ -363,7 +361,7 @@ class DctCodec:
             raise ValueError(f"codes must be in [0, {NUM_CODES}), got {int(codes.min())}..{int(codes.max())}")
         planes = _decode_blocks(codes[:1], 1)
         if codes.shape[0] > 1:
-            planes = torch.cat([planes, _decode_blocks(codes[1:], TIME_PATCH)], dim=1)
+            planes = torch.cat([planes, _decode_blocks(codes[1:], TIME_STRIDE)], dim=1)
         to_rgb = torch.linalg.inv(torch.tensor(_TO_YCC, dtype=torch.float64)).float().to(codes.device)
         return torch.einsum("cy,yfhw->cfhw", to_rgb, planes).clamp(-1, 1)
 
@@ -375,7 +373,7 @@ def _encode_blocks(planes: Tensor, depth: int) -> Tensor:
     digits = [_nearest(mean, table) for mean, table in zip(means, tables, strict=False)]
     rest = planes[0] - _surface(digits[:1], tables, depth)[0]
     for wave, table in zip(_waves(depth, planes.device), tables[3:], strict=True):
-        blocks = rest.unflatten(0, (-1, depth)).unflatten(2, (-1, PATCH)).unflatten(4, (-1, PATCH))
+        blocks = rest.unflatten(0, (-1, depth)).unflatten(2, (-1, SPACE_STRIDE)).unflatten(4, (-1, SPACE_STRIDE))
         digits.append(_nearest(torch.einsum("ftrhcw,thw->frc", blocks, wave) / wave.numel(), table))
     code = torch.zeros_like(digits[0])
     for digit, levels in zip(reversed(digits), reversed(FSQ_LEVELS), strict=True):
@@ -408,7 +406,8 @@ def _waves(depth: int, device: torch.device) -> list[Tensor]:
     def cosine(points: int) -> Tensor:
         return math.sqrt(2) * torch.cos(math.pi * (torch.arange(points, device=device) + 0.5) / points)
 
-    across, down, flat = cosine(PATCH), cosine(PATCH)[:, None], torch.ones(depth, PATCH, PATCH, device=device)
+    flat = torch.ones(depth, SPACE_STRIDE, SPACE_STRIDE, device=device)
+    across, down = cosine(SPACE_STRIDE), cosine(SPACE_STRIDE)[:, None]
     last = flat * cosine(depth)[:, None, None] if depth > 1 else flat * down * across
     return [flat * across, flat * down, last]
 
@@ -416,15 +415,12 @@ def _waves(depth: int, device: torch.device) -> list[Tensor]:
 def _surface(digits: list[Tensor], tables: list[Tensor], depth: int) -> Tensor:
     """The means as smooth planes [n, f * depth, H, W] whose block means are _relax's."""
     means = torch.stack([_relax(digit, table) for digit, table in zip(digits, tables, strict=False)])
-    shape = (means.shape[2] * PATCH, means.shape[3] * PATCH)
-
-    def spread(grid: Tensor) -> Tensor:
-        return F.interpolate(grid, shape, mode="bilinear")
+    shape = (means.shape[2] * SPACE_STRIDE, means.shape[3] * SPACE_STRIDE)
 
     # Interpolation alone flattens peaks; one correction brings most of them back, a constant per block the rest.
-    planes = spread(means)
-    planes = planes + spread(means - F.avg_pool2d(planes, PATCH))
-    planes = planes + (means - F.avg_pool2d(planes, PATCH)).repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
+    planes = F.interpolate(means, shape, mode="bilinear")
+    planes = planes + F.interpolate(means - F.avg_pool2d(planes, SPACE_STRIDE), shape, mode="bilinear")
+    planes = planes + F.interpolate(means - F.avg_pool2d(planes, SPACE_STRIDE), shape, mode="nearest")
     return planes.repeat_interleave(depth, dim=1)
 
 
@@ -442,7 +438,7 @@ def _relax(digit: Tensor, table: Tensor) -> Tensor:
 
 
 def _block_means(planes: Tensor, depth: int) -> Tensor:
-    return F.avg_pool3d(planes[:, None], (depth, PATCH, PATCH))[:, 0]
+    return F.avg_pool3d(planes[:, None], (depth, SPACE_STRIDE, SPACE_STRIDE))[:, 0]
 
 
 def _nearest(value: Tensor, table: Tensor) -> Tensor:
