@@ -22,6 +22,8 @@ MASK = 9003
 GRID_UNIT = 4  # a frame header counts its rows and columns in units of 4 codes
 FRAME_HEADER = 3  # FRAME_START, rows, columns
 
+INTEGERS = (torch.int32, torch.int64)
+
 # MM-RoPE strides (arXiv 2507.08801, section 3.2): one latent frame spans 4 pictures, one code 8 x 8 pixels.
 TIME_STRIDE = 4
 SPACE_STRIDE = 8
@@ -130,16 +132,18 @@ class FrameLayout:
         check: validate the rows (reads the tensors) and raise ValueError naming the document, the frame and the
             defect: a header without a size, a truncated frame, content that does not match its size.
         """
-        if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
-            raise ValueError(f"input_ids must be integers [B, L], or [T] with cu_seqlens; got {_describe(input_ids)}")
+        if input_ids.dim() not in (1, 2) or input_ids.dtype not in INTEGERS:
+            raise ValueError(
+                f"input_ids must be int32 or int64 [B, L], or [T] with cu_seqlens; got {_describe(input_ids)}"
+            )
         if (input_ids.dim() == 1) != (cu_seqlens is not None):
             raise ValueError("cu_seqlens goes with input_ids [T], and only with it: rows of [B, L] are documents")
         ids = input_ids.reshape(-1)
         if cu_seqlens is None:
             rows, length = input_ids.shape
             cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=ids.device) * length
-        elif cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-            raise ValueError(f"cu_seqlens must be integers [B + 1]; got {_describe(cu_seqlens)}")
+        elif cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
+            raise ValueError(f"cu_seqlens must be int32 or int64 [B + 1]; got {_describe(cu_seqlens)}")
         cu_seqlens = cu_seqlens.to(torch.int32)
         if check:
             check_documents(ids, cu_seqlens)
@@ -206,6 +210,8 @@ def _read_layout(ids: Tensor, cu_seqlens: Tensor) -> FrameLayout:
 
     frame_end = torch.minimum(start + FRAME_HEADER + codes + 1, doc_end)
     kv_end = torch.where(inside, frame_end, index + 1)
+    if total:  # a frame that starts before the last one ended would step back: malformed, but limits stay monotone
+        kv_end = kv_end.cummax(0).values
     frames_before = _exclusive_count(starts)
     frame = (frames_before + starts - 1 - frames_before[doc_start.long()]).to(torch.int32) if total else index
 
@@ -301,8 +307,10 @@ def _check_document(document: int, ids: Tensor) -> None:
 
 
 def _check_limits(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> None:
-    if kv_start.dim() != 1 or kv_start.shape != kv_end.shape:
-        raise ValueError(f"kv_start and kv_end must both be [Tq]; got {_describe(kv_start)}, {_describe(kv_end)}")
+    if kv_start.dim() != 1 or kv_start.shape != kv_end.shape or not {kv_start.dtype, kv_end.dtype} <= set(INTEGERS):
+        raise ValueError(
+            f"kv_start and kv_end must both be integer [Tq]; got {_describe(kv_start)}, {_describe(kv_end)}"
+        )
     if kv_start.numel() == 0:
         return
     if kv_start.min() < 0 or kv_end.max() > num_keys or (kv_start > kv_end).any():
