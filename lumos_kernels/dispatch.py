@@ -111,13 +111,20 @@ def _log_choice(name: str, chosen: str, device: str, refused: str) -> None:
 
 
 def _override(name: str) -> str | None:
-    """LUMOS_IMPL: one implementation for every op ("reference"), or by op ("mm_rope=triton,tube_loss=reference")."""
-    value = os.environ.get("LUMOS_IMPL", "")
-    for part in filter(None, value.split(",")):
+    """LUMOS_IMPL: one implementation for every op ("reference"), by op ("mm_rope=triton,masked_sample=reference"), or
+    both ("reference,mm_rope=native"), where the op's own entry counts.
+    """
+    value = os.environ.get("LUMOS_IMPL")
+    if not value:
+        return None
+    wanted = {}
+    for part in filter(None, (part.strip() for part in value.split(","))):
         op, _, impl = part.rpartition("=")
-        if op in ("", name) and impl != "auto":
-            return impl
-    return None
+        wanted[op.strip()] = impl.strip()
+    for op in wanted.keys() - _OPS.keys() - {""}:
+        raise ValueError(f"LUMOS_IMPL names the op {op!r}; there are {', '.join(_OPS)}")
+    impl = wanted.get(name, wanted.get("", "auto"))
+    return None if impl == "auto" else impl
 
 
 # Predicates that several ops share.
