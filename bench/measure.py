@@ -1,0 +1,259 @@
+"""Checks the contestants of a case against the reference, then times them against each other.
+
+The contestants alternate round by round on the same inputs, so that a slow minute of the machine hits all of them, and
+the ratio between two is the median of their ratios within a round. Who computes something else gets no figure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bench import memory
+from bench.environment import available_memory
+from bench.registry import CEILING, DTYPE_NAMES, OURS, Case, Contestant, Inputs, OpBench, ops
+
+MIN_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample, the clock and Python's noise stay below 1 %
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+MEMORY_SHARE = 0.8  # of the free memory that a contestant may ask for
+CACHE_BYTES = 256 * 2**20  # written between samples on a GPU: more than any last-level cache
+
+
+@dataclass
+class Row:
+    """One contestant's result. Figures are None unless status is "ok"; a ceiling has no error.
+
+    median_s, min_s, iqr_s: seconds of a call, the median, the smallest and the interquartile range of the samples.
+    rate: GB/s or GFLOP/s of useful work. ratio: how many times as long as the best of ours it takes.
+    of_ceiling: its share of the fastest ceiling's rate. peak_extra_bytes: beyond the inputs. error, limit: relative L2 error of
+    the worst output or gradient, and what it may be.
+    """
+
+    contestant: str
+    role: str
+    status: str = "ok"
+    reason: str = ""
+    median_s: float | None = None
+    min_s: float | None = None
+    iqr_s: float | None = None
+    samples: int = 0
+    rate: float | None = None
+    ratio: float | None = None
+    of_ceiling: float | None = None
+    peak_extra_bytes: int | None = None
+    error: float | None = None
+    limit: float | None = None
+
+
+class Clock(Protocol):
+    """Seconds of `repeats` calls, together."""
+
+    def __call__(self, call: Callable[[], Any], repeats: int) -> float: ...
+
+
+def cpu_clock(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return time.perf_counter() - start
+
+
+class CudaClock:
+    """CUDA events around the calls, after a write that empties the cache and gives the host a head start."""
+
+    def __init__(self) -> None:
+        self.cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Callable[[], Any], repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.cache.zero_()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def clock_for(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else cpu_clock
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch's CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def prepared(contestant: Contestant, inputs: Inputs) -> Inputs:
+    return contestant.prepare(inputs) if contestant.prepare else inputs
+
+
+def once(contestant: Contestant, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The outputs and, where the inputs have leaves, their gradients."""
+    if not inputs.leaves:
+        with torch.no_grad():
+            return contestant.run(inputs)
+    outputs = contestant.run(inputs)
+    grads = torch.autograd.grad(outputs, inputs.leaves, inputs.upstream)
+    return (*(output.detach() for output in outputs), *grads)
+
+
+def relative_errors(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    """|actual - exact| / |exact| in the L2 norm, tensor by tensor. A shape that differs is an infinite error."""
+
+    def one(a: Tensor, b: Tensor) -> float:
+        if a.shape != b.shape:
+            return math.inf
+        norm = float(torch.linalg.vector_norm(b, dtype=torch.float64))
+        return float(torch.linalg.vector_norm(a.to(b.dtype) - b, dtype=torch.float64)) / (norm or 1.0)
+
+    if len(actual) != len(exact):
+        return [math.inf] * len(exact)
+    return [one(a, b) for a, b in zip(actual, exact, strict=True)]
+
+
+def error_limits(yardstick: list[float], dtype: torch.dtype) -> list[float]:
+    """Twice the error of the same mathematics run eagerly in dtype, plus two units in the last place: the yardstick's
+    scalar loss may happen to be exact. A yardstick that is itself off by more than 16 units sets no tolerance.
+    """
+    eps = torch.finfo(dtype).eps
+    if not all(error <= 16 * eps for error in yardstick):
+        raise ValueError(f"the yardstick itself is wrong: relative errors {yardstick} in {DTYPE_NAMES[dtype]}")
+    return [2 * error + 2 * eps for error in yardstick]
+
+
+def check(bench: OpBench, case: Case, contestants: list[Contestant], device: str) -> dict[str, tuple[float, float]]:
+    """(error, limit) of each contestant that is no ceiling, against the reference in the next wider dtype."""
+    wide = torch.float64 if case.dtype == torch.float32 else torch.float32
+    exact = once(Contestant("reference", bench.reference), bench.build(case, device, wide))
+    inputs = bench.build(case, device, case.dtype)
+    by_name = {contestant.name: contestant for contestant in contestants if contestant.role != CEILING}
+
+    def errors(name: str) -> list[float]:
+        return relative_errors(once(by_name[name], prepared(by_name[name], inputs)), exact)
+
+    limits = error_limits(errors(bench.yardstick), case.dtype)
+    worst = {}
+    for name in by_name:
+        pairs = list(zip(errors(name), limits, strict=True))
+        worst[name] = max(pairs, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
+    return worst
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Any]], seconds: float, clock: Clock = cpu_clock, min_rounds: int = MIN_ROUNDS
+) -> dict[str, list[float]]:
+    """Seconds a call of each, round by round; every round begins with another one, so that nobody owns a place.
+
+    seconds: about how long to go on; at least min_rounds, which slow calls may take longer than.
+    """
+    for call in calls.values():
+        clock(call, 1)
+    repeats = {name: max(1, math.ceil(MIN_SAMPLE / max(clock(call, 1), 1e-9))) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names, spent, rounds = list(calls), 0.0, 0
+    gc.collect()
+    while names and rounds < MAX_ROUNDS and (rounds < min_rounds or spent < seconds):
+        first = rounds % len(names)
+        for name in names[first:] + names[:first]:
+            took = clock(calls[name], repeats[name])
+            samples[name].append(took / repeats[name])
+            spent += took
+        rounds += 1
+    return samples
+
+
+def measure_case(
+    case: Case,
+    device: str = "cpu",
+    seconds: float = 5.0,
+    threads: int | None = None,
+    with_memory: bool = True,
+    contestants: list[Contestant] | None = None,
+) -> list[Row]:
+    """Rows of all contestants of a case (by default those of the registry): checked, timed, their peak memory taken."""
+    bench, threads = ops()[case.op], threads or torch.get_num_threads()
+    contestants = bench.contestants(case, device) if contestants is None else contestants
+    rows = {contestant.name: Row(contestant.name, contestant.role) for contestant in contestants}
+    free = available_memory(device)
+    for contestant in contestants:
+        if free is not None and contestant.memory(case) > MEMORY_SHARE * free:
+            row = rows[contestant.name]
+            row.status = "no memory"
+            row.reason = f"needs about {contestant.memory(case) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    with torch_threads(threads):
+        _check_rows(bench, case, device, contestants, rows)
+        running = [contestant for contestant in contestants if rows[contestant.name].status == "ok"]
+        inputs = bench.build(case, device, case.dtype)
+        calls = {c.name: functools.partial(once, c, prepared(c, inputs)) for c in running}
+        samples = interleave(calls, seconds, clock_for(device))
+    _fill(bench, case, running, rows, samples)
+    if with_memory:
+        for contestant in running:
+            if contestant.role != CEILING:
+                rows[contestant.name].peak_extra_bytes = memory.contestant_peak(
+                    case.key, contestant.name, device, threads
+                )
+    return list(rows.values())
+
+
+def _check_rows(bench: OpBench, case: Case, device: str, contestants: list[Contestant], rows: dict[str, Row]) -> None:
+    """Fills error and limit, and takes the figures away from those that compute something else."""
+    able = [contestant for contestant in contestants if rows[contestant.name].status == "ok"]
+    for name, (error, limit) in check(bench, case, able, device).items():
+        row = rows[name]
+        row.error, row.limit = error, limit
+        if not error <= limit:  # NaN fails too
+            row.status, row.reason = "wrong", f"relative error {error:.1e} against the reference, allowed {limit:.1e}"
+
+
+def _fill(
+    bench: OpBench,
+    case: Case,
+    running: list[Contestant],
+    rows: dict[str, Row],
+    samples: dict[str, list[float]],
+) -> None:
+    """Times, rates, and the ratios to the best of ours and to the fastest ceiling: medians of ratios in a round."""
+    for contestant in running:
+        row, times = rows[contestant.name], samples[contestant.name]
+        row.median_s, row.min_s, row.samples = statistics.median(times), min(times), len(times)
+        row.iqr_s = _interquartile_range(times)
+        row.rate = (contestant.work or bench.work)(case).rate(row.median_s)
+    best = next((c.name for c in running if c.role == OURS), None)
+    ceilings = [c for c in running if c.role == CEILING]
+    ceiling = max(ceilings, key=lambda c: rows[c.name].rate, default=None)
+    for contestant in running:
+        name, row = contestant.name, rows[contestant.name]
+        if best is not None and contestant.role != CEILING:
+            row.ratio = _paired_ratio(samples[name], samples[best])
+        if ceiling is not None:
+            shares = ((c.work or bench.work)(case).amount for c in (contestant, ceiling))
+            row.of_ceiling = next(shares) / next(shares) / _paired_ratio(samples[name], samples[ceiling.name])
+
+
+def _paired_ratio(times: list[float], others: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def _interquartile_range(times: list[float]) -> float:
+    if len(times) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
+    return third - first

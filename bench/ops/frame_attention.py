@@ -1,0 +1,174 @@
+"""frame_attention: against SDPA with the dense mask and against one SDPA call a frame, the best a user can do today."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import formulas
+from bench.formulas import Work
+from bench.registry import CEILING, Case, Contestant, Inputs, OpBench, grid
+from bench.shapes import (
+    M1B,
+    M1B_QUARTER,
+    M3B,
+    M3B_QUARTER,
+    SMOKE,
+    TINY,
+    VIDEO_256P,
+    VIDEO_256P_3,
+    VIDEO_384P,
+    VIDEO_SMALL,
+)
+from lumos_kernels import RowLimits, frame_attention
+
+MASKED = -9.22e18  # what the official mask holds where nothing may be seen
+MATMUL_SIZE = 2048
+
+
+def build(case: Case, device: str, dtype: torch.dtype) -> Inputs:
+    """q, k, v as after the q/k LayerNorm: unit variance."""
+    generator = torch.Generator().manual_seed(0)
+    model, tokens = case.model, case.video.tokens
+
+    def draw(heads: int) -> Tensor:
+        values = torch.randn(tokens, heads, model.head_dim, generator=generator)
+        return values.to(case.dtype).to(device=device, dtype=dtype)
+
+    q, k, v = draw(model.heads), draw(model.kv_heads), draw(model.kv_heads)
+    args = {"q": q, "k": k, "v": v, "limits": case.video.layout.limits.to(device)}
+    if not case.backward:
+        return Inputs(args)
+    return Inputs(args, tuple(leaf.requires_grad_() for leaf in (q, k, v)), (draw(model.heads),))
+
+
+def ours(inputs: Inputs, impl: str) -> tuple[Tensor, ...]:
+    return (frame_attention(inputs.q, inputs.k, inputs.v, inputs.limits, impl=impl),)
+
+
+def _with_mask(inputs: Inputs) -> Inputs:
+    return Inputs({**inputs.args, "mask": inputs.limits.dense_mask()}, inputs.leaves, inputs.upstream)
+
+
+def dense_mask(inputs: Inputs) -> tuple[Tensor, ...]:
+    """SDPA with a bool mask [T, T] that was built before."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
+    return (F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, enable_gqa=True)[0].transpose(0, 1),)
+
+
+def _with_official_mask(inputs: Inputs) -> Inputs:
+    mask = torch.zeros(inputs.limits.num_queries, inputs.limits.num_keys, device=inputs.q.device)
+    mask.masked_fill_(~inputs.limits.dense_mask(), MASKED)
+    return Inputs({**inputs.args, "mask": mask}, inputs.leaves, inputs.upstream)
+
+
+def official_style(inputs: Inputs) -> tuple[Tensor, ...]:
+    """What every layer of the official model does: its fp32 mask cast, k and v repeated, SDPA."""
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask.to(q.dtype))
+    return (o[0].transpose(0, 1),)
+
+
+@dataclass(frozen=True)
+class FrameCall:
+    """Query rows that one SDPA call serves, and the keys they see. mask: None, "causal", or bool [rows, keys]."""
+
+    rows: slice
+    keys: slice
+    mask: Tensor | str | None
+
+
+def frame_calls(limits: RowLimits) -> list[FrameCall]:
+    """The calls that cover the stream: one a frame, whose rows share their keys, and one causal call a run of text.
+
+    Every row must see a key.
+    """
+    pairs = torch.stack([limits.kv_start, limits.kv_end], 1).cpu()
+    shared, counts = torch.unique_consecutive(pairs, dim=0, return_counts=True)
+    runs: list[list] = []  # first row, end row, first key, end key, is text
+    row = 0
+    for (first, end), count in zip(shared.tolist(), counts.tolist(), strict=True):
+        if count == 1 and runs and runs[-1][4] and runs[-1][2:4] == [first, end - 1]:
+            runs[-1][1], runs[-1][3] = row + 1, end
+        else:
+            runs.append([row, row + count, first, end, count == 1])
+        row += count
+    return [_call(limits, *run) for run in runs]
+
+
+def _call(limits: RowLimits, row: int, end_row: int, first: int, end: int, text: bool) -> FrameCall:
+    mask: Tensor | str | None = None
+    if text and end_row - row > 1:
+        square = end_row - row == end - first
+        mask = "causal" if square else limits.dense_mask(row, end_row)[:, first:end]
+    return FrameCall(slice(row, end_row), slice(first, end), mask)
+
+
+def _with_calls(inputs: Inputs) -> Inputs:
+    return Inputs({**inputs.args, "calls": frame_calls(inputs.limits)}, inputs.leaves, inputs.upstream)
+
+
+def per_frame(inputs: Inputs) -> tuple[Tensor, ...]:
+    """A loop of SDPA calls without a mask: text causally, then each frame's queries against the keys up to its end."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
+    parts = [
+        F.scaled_dot_product_attention(
+            q[:, :, call.rows],
+            k[:, :, call.keys],
+            v[:, :, call.keys],
+            attn_mask=call.mask if isinstance(call.mask, Tensor) else None,
+            is_causal=call.mask == "causal" if isinstance(call.mask, str) else False,
+            enable_gqa=True,
+        )
+        for call in inputs.calls
+    ]
+    return (torch.cat(parts, dim=2)[0].transpose(0, 1),)
+
+
+def _with_matrices(inputs: Inputs) -> Inputs:
+    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).to(inputs.q).detach()
+    return Inputs({"a": a, "b": b})
+
+
+def matmul(inputs: Inputs) -> tuple[Tensor, ...]:
+    """A square matmul of 2,048: what the machine's library reaches."""
+    return (inputs.a @ inputs.b,)
+
+
+def work(case: Case) -> Work:
+    pairs = case.video.layout.limits.visible_pairs()
+    return formulas.attention_flops(pairs, case.model.heads, case.model.head_dim, case.backward)
+
+
+def _mask_bytes(case: Case) -> int:
+    """SDPA on a mask may hold it in fp32, and the scores of one head besides."""
+    return 10 * case.video.tokens**2
+
+
+BENCH = OpBench(
+    name="frame_attention",
+    build=build,
+    ours=ours,
+    rivals=(
+        Contestant("SDPA per frame", per_frame, prepare=_with_calls),
+        Contestant("SDPA dense mask", dense_mask, prepare=_with_mask, memory=_mask_bytes),
+        Contestant("official style", official_style, prepare=_with_official_mask, memory=_mask_bytes),
+        Contestant(
+            "matmul", matmul, CEILING, prepare=_with_matrices, work=lambda case: Work(2 * MATMUL_SIZE**3, "FLOP")
+        ),
+    ),
+    yardstick="SDPA per frame",
+    work=work,
+    cases=(
+        *grid("frame_attention", [(TINY, SMOKE)], [torch.bfloat16, torch.float32]),
+        *grid("frame_attention", [(M1B_QUARTER, VIDEO_SMALL), (M3B_QUARTER, VIDEO_256P_3)], [torch.bfloat16]),
+        *grid("frame_attention", [(M1B_QUARTER, VIDEO_SMALL)], [torch.float32]),
+        *grid("frame_attention", [(M1B, VIDEO_256P), (M3B, VIDEO_256P)], [torch.bfloat16], slow=True),
+        *grid("frame_attention", [(M1B, VIDEO_384P), (M3B, VIDEO_384P)], [torch.bfloat16], slow=True),
+    ),
+)
