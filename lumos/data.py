@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -239,11 +240,12 @@ def _read_index(folder: Path) -> tuple[list[_Entry], int]:
             break
         try:
             entry = _Entry.parse(line, end)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{folder / _INDEX}, line {place + 1}: {error}") from error
         if entry.offset + entry.length > tokens:
             if not last:
                 raise ValueError(f"{folder / _TOKENS} ends at token {tokens}, inside sample {place} of {len(lines)}")
+            warnings.warn(f"{folder / _TOKENS} is torn: the last sample, {place}, is left out", stacklevel=3)
             break
         entries.append(entry)
         end, finished = entry.offset + entry.length, finished + len(line)
@@ -285,7 +287,7 @@ def read_official_sample(path: str | Path) -> Sample:
         content = _PlainUnpickler(io.BytesIO(data)).load()
     # Malformed bytes can raise nearly anything: the opcodes trust their operands.
     except Exception as error:
-        reason = "an opcode that plain data does not need" if isinstance(error, KeyError) else str(error)
+        reason = "an opcode that plain data does not need" if isinstance(error, KeyError) else repr(error)
         raise ValueError(f"{path} is not a pickle of dicts, lists, ints and strings only: {reason}") from error
     try:
         return _official_sample(content, str(path))

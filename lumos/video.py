@@ -24,8 +24,6 @@ from lumos_kernels.layout import SPACE_STRIDE, TIME_STRIDE
 
 SIZE_UNIT = 32  # a frame header counts rows and columns in units of 4 codes of 8 pixels
 
-# Containers such as Matroska round timestamps to milliseconds: a picture stamped this much late still counts as shown.
-_STAMP_TOLERANCE = Fraction(1, 1000)
 _SEEK_FROM = 2.0  # seconds; below that decoding from the beginning is as fast as seeking
 
 
@@ -187,7 +185,10 @@ def _timed_frames(path: Path, start: float) -> Iterator[tuple[Fraction, Fraction
                     frames = _stamped(container, stream)
                 else:
                     opening = after
-            tolerance = min(_STAMP_TOLERANCE, (stream.time_base or 0) / 2)
+            # Matroska and GIF round the times of pictures to their tick: half of it late still counts as shown. Where
+            # a picture lasts only a few ticks, the clock is made for its rate and nothing was rounded.
+            tick, rate = stream.time_base or Fraction(0), stream.average_rate
+            tolerance = tick / 2 if rate and 4 * tick * rate <= 1 else Fraction(0)
             yield opening[0] - zero - tolerance, opening[1] - zero, opening[2]
             for begin, end, frame in frames:
                 yield begin - zero - tolerance, end - zero, frame
