@@ -183,6 +183,21 @@ def test_probability_follows_the_schedule():
     assert (slots - slots.mean()).abs().max() < 0.1  # every slot equally often
 
 
+def test_a_frame_hides_at_least_one_slot():
+    ids = document(4, 4, 2)[None].expand(20, -1)
+    batch = mask_tokens(ids, seeds=range(20), schedule="pow0.1", min_rate=0.0, classes=CLASSES)
+    hidden = (batch.input_ids != ids).sum(1)
+    assert (batch.mask_prob * 20 < 0.5).any()
+    assert hidden.min() == 2  # one in each of two frames
+
+
+def test_tube_decay_rounds_its_line_up():
+    ids = document(4, 8, 5)[None]
+    batch = mask_tokens(ids, seeds=[1], kind="tubeDecay", min_rate=0.7, schedule="pow0.1", classes=CLASSES)
+    # From round(0.7 * 36) = 25 to 36 in four steps of 2.75: 25, 27.75, 30.5, 33.25, 36.
+    assert masked_slots(batch, ids, FrameLayout.from_tokens(ids)).sum(1).tolist() == [25, 28, 31, 34, 36]
+
+
 def test_given_frames_a_document_and_text_only():
     ids = pad([document(4, 4, 3), document(4, 8, 2), torch.arange(1, 9)])
     batch = mask_tokens(ids, seeds=[1, 2, 3], given_frames=[2, 0, 0], classes=CLASSES)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from golden import TRAINING, build_model, load, worst
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos.config import LumosConfig
 from lumos.masking import mask_tokens
@@ -309,6 +310,40 @@ def test_lengths_beyond_the_limit_are_refused_not_cut():
         model(ids, layout=FrameLayout.from_tokens(ids, torch.tensor([0, 80])))
     two = torch.cat([video(frames=2), video(frames=2)])
     model(two, layout=FrameLayout.from_tokens(two, torch.tensor([0, 56, 112])))  # 112 tokens, but 56 a document
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the operators that make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name
+        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"focal_gamma": 2.0, "decay_start": 0.5, "z_loss_weight": 0.1}], ids=str)
+def test_a_step_never_waits_for_the_device(options, monkeypatch):
+    import lumos.model
+
+    def no_attention(q, k, v, limits, **_):  # the CPU implementations may read the limits; the model must not
+        return q + k.repeat_interleave(q.shape[1] // k.shape[1], 1) + v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+    monkeypatch.setattr(lumos.model, "frame_attention", no_attention)
+    model, batch = small_model(), training_batch([video(), video(frames=2)])
+    model.impl = "reference"
+    with HostReads() as reads:
+        out = model(batch.input_ids, labels=batch.labels, rows=batch.rows, **options)
+        out.loss.backward()
+        out.frame_sums(3)
+    assert reads.seen == []
+    with HostReads() as reads:
+        _ = model(batch.input_ids, labels=batch.labels, **options).frame_losses
+    assert reads.seen  # counting rows and reading frame losses do
 
 
 def test_bad_arguments_are_named():
