@@ -176,7 +176,10 @@ class SampleFolder(Dataset[Sample]):
     def __getitem__(self, at: int) -> Sample:
         entry = self.entries[at]
         if self._map is None:
-            self._map = np.memmap(self.folder / _TOKENS, "<u4", "r")
+            # Up to the last finished sample: a torn tail need not end on a token.
+            self._map = np.memmap(
+                self.folder / _TOKENS, "<u4", "r", shape=self.entries[-1].offset + self.entries[-1].length
+            )
         ids = torch.from_numpy(self._map[entry.offset : entry.offset + entry.length].astype(np.int64))
         where = f"{self.folder / _TOKENS}, sample {at % len(self)}"
         try:

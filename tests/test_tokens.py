@@ -137,8 +137,7 @@ def test_a_damaged_document_is_refused_or_says_exactly_what_it_holds(document, d
     ids = torch.tensor(ids, dtype=torch.int64)
     try:
         parsed = parse_document(ids)
-    except ValueError as error:
-        assert str(error)
+    except ValueError:
         return
     rebuilt = build_document(parsed.text_ids, parsed.codes, parsed.seconds, parsed.fps)
     assert rebuilt.tolist() in (ids.tolist(), [*ids.tolist(), 8710])

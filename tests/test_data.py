@@ -1,0 +1,383 @@
+"""lumos/data.py: sample folders and their crashes, official pickles and forged ones, packing, tokenize."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lumos.data import (
+    OfficialDataset,
+    Sample,
+    SampleFolder,
+    SampleWriter,
+    collate,
+    read_official_sample,
+    tokenize,
+)
+from lumos.tokens import NUM_CODES, ByteTokenizer, build_document, parse_document
+from lumos.video import ClipTooShortError, DctCodec, read_video, sample_clips, to_float, write_image
+from lumos_kernels.layout import FrameLayout
+
+FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def document(frames=2, rows=4, cols=8, seed=0, text=(16500, 65539, 16501, 65540), seconds=1, fps=4):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, NUM_CODES, (frames, rows, cols), generator=generator)
+    return build_document(list(text), codes, seconds, fps)
+
+
+def official(ids=None, begin=None, **changes):
+    """What the official pre-tokenisation pickles: labels -100 on the text."""
+    ids = (document() if ids is None else ids).tolist()
+    begin = ids.index(9004) if begin is None else begin
+    return {"token": ids, "label": [-100] * begin + ids[begin:], "id": 7} | changes
+
+
+def write_folder(folder, count=3):
+    with SampleWriter(folder) as writer:
+        for seed in range(count):
+            writer.add(document(seed + 1, seed=seed), caption=f"clip {seed} é\n", source=f"{seed}.mp4")
+    return folder
+
+
+def check_folder(folder, seeds):
+    dataset = SampleFolder(folder)
+    assert len(dataset) == len(seeds)
+    for sample, seed in zip(dataset, seeds, strict=True):
+        assert torch.equal(sample.ids, document(seed + 1, seed=seed))
+        assert (sample.caption, sample.source) == (f"clip {seed} é\n", f"{seed}.mp4")
+        assert (sample.frames, sample.rows, sample.cols, sample.seconds, sample.fps) == (seed + 1, 4, 8, 1, 4)
+
+
+def test_folder_round_trip(tmp_path):
+    check_folder(write_folder(tmp_path / "new" / "folder"), [0, 1, 2])
+    with SampleWriter(tmp_path / "new" / "folder") as writer:
+        returned = writer.add(document(4, seed=3), caption="clip 3 é\n", source="3.mp4")
+    check_folder(tmp_path / "new" / "folder", [0, 1, 2, 3])
+    dataset = SampleFolder(tmp_path / "new" / "folder")
+    assert torch.equal(dataset[-1].ids, returned.ids)
+    assert dataset[0].ids.dtype == torch.int64
+    with pytest.raises(IndexError):
+        dataset[4]
+
+
+def test_what_lies_in_the_files(tmp_path):
+    write_folder(tmp_path)
+    ids = torch.cat([document(seed + 1, seed=seed) for seed in range(3)])
+    assert (tmp_path / "tokens.bin").read_bytes() == struct.pack(f"<{len(ids)}I", *ids.tolist())
+    lines = [json.loads(line) for line in (tmp_path / "index.jsonl").read_text().splitlines()]
+    assert [line["length"] for line in lines] == [len(document(n)) for n in (1, 2, 3)]
+    assert set(lines[0]) == {"offset", "length", "seconds", "fps", "frames", "rows", "cols", "caption", "source"}
+
+
+def test_data_workers_get_no_copy_of_the_tokens(tmp_path):
+    write_folder(tmp_path)
+    dataset = SampleFolder(tmp_path)
+    assert len(dataset[0].ids)
+    assert len(pickle.dumps(dataset)) < (tmp_path / "tokens.bin").stat().st_size
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy[2].ids, dataset[2].ids)
+
+
+def test_an_empty_folder(tmp_path):
+    write_folder(tmp_path, count=0)
+    assert len(SampleFolder(tmp_path)) == 0
+
+
+@FILES
+@given(st.data())
+@pytest.mark.filterwarnings("ignore:.*torn")
+def test_a_crash_costs_at_most_the_unfinished_sample(tmp_path, data):
+    folder = tmp_path / "folder"
+    shutil.rmtree(folder, ignore_errors=True)
+    write_folder(folder)
+    tokens, index = (folder / "tokens.bin").read_bytes(), (folder / "index.jsonl").read_bytes()
+    before_last = [4 * sum(len(document(n)) for n in (1, 2)), index.rindex(b"\n", 0, -1) + 1]
+    # Tokens are written first: a torn index line means that all of them are there, but be safe against either.
+    cut_tokens = data.draw(st.just(len(tokens)) | st.integers(before_last[0], len(tokens)))
+    cut_index = data.draw(st.just(len(index)) | st.integers(before_last[1], len(index)))
+    (folder / "tokens.bin").write_bytes(tokens[:cut_tokens])
+    (folder / "index.jsonl").write_bytes(index[:cut_index])
+    finished = [0, 1, 2] if (cut_tokens, cut_index) == (len(tokens), len(index)) else [0, 1]
+    check_folder(folder, finished)
+    with SampleWriter(folder) as writer:
+        writer.add(document(4, seed=3), caption="clip 3 é\n", source="3.mp4")
+    check_folder(folder, [*finished, 3])
+
+
+def test_a_torn_token_file_is_announced(tmp_path):
+    write_folder(tmp_path)
+    os.truncate(tmp_path / "tokens.bin", (tmp_path / "tokens.bin").stat().st_size - 2)
+    with pytest.warns(UserWarning, match="tokens.bin is torn: the last sample, 2"):
+        SampleFolder(tmp_path)
+
+
+def test_lost_samples_are_not_passed_over(tmp_path):
+    write_folder(tmp_path)
+    os.truncate(tmp_path / "tokens.bin", 40)
+    with pytest.raises(ValueError, match=r"tokens\.bin ends at token 10, inside sample 0 of 3"):
+        SampleFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda line: "{", "Expecting property name"),
+        (lambda line: "[1]", "expected an object"),
+        (lambda line: json.dumps(json.loads(line) | {"offset": 3}), "offset is 3"),
+        (lambda line: json.dumps(json.loads(line) | {"length": 0}), "length is 0"),
+        (lambda line: json.dumps(json.loads(line) | {"fps": "4"}), "fps is '4'"),
+        (lambda line: json.dumps(json.loads(line) | {"caption": 4}), "caption is 4"),
+        (lambda line: json.dumps(json.loads(line) | {"more": 4}), "the keys"),
+        (lambda line: "[" * 100000, "recursion"),
+    ],
+)
+def test_a_broken_index_names_file_and_line(tmp_path, change, message):
+    write_folder(tmp_path)
+    lines = (tmp_path / "index.jsonl").read_text().splitlines()
+    lines[1] = change(lines[1])
+    (tmp_path / "index.jsonl").write_text("\n".join(lines) + "\n")
+    for reader in (SampleFolder, SampleWriter):
+        with pytest.raises(ValueError, match=rf"index\.jsonl, line 2: .*{message}"):
+            reader(tmp_path)
+
+
+def test_broken_tokens_name_file_and_sample(tmp_path):
+    write_folder(tmp_path)
+    tokens = np.memmap(tmp_path / "tokens.bin", "<u4", "r+")
+    start = len(document(1))
+    tokens[start + int((document(2, seed=1) == 9004).nonzero())] = 16500
+    tokens.flush()
+    dataset = SampleFolder(tmp_path)
+    assert dataset[0].frames == 1
+    with pytest.raises(ValueError, match=r"tokens\.bin, sample 1: a document has one video start"):
+        dataset[1]
+    with pytest.raises(ValueError, match=r"sample 1: "):
+        dataset[-2]
+
+
+def test_tokens_and_index_must_agree(tmp_path):
+    write_folder(tmp_path)
+    path = tmp_path / "index.jsonl"
+    path.write_text(path.read_text().replace('"fps": 4', '"fps": 5'))
+    with pytest.raises(ValueError, match=r"sample 0: fps is 4, index\.jsonl 5"):
+        SampleFolder(tmp_path)[0]
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokens\.bin"):
+        SampleFolder(tmp_path)
+    write_folder(tmp_path)
+    (tmp_path / "index.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"index\.jsonl"):
+        SampleFolder(tmp_path)
+
+
+def test_writer_refuses_malformed_documents_and_stays_usable(tmp_path):
+    with SampleWriter(tmp_path) as writer:
+        with pytest.raises(ValueError, match="video end"):
+            writer.add(document()[:-10])
+        writer.add(document(1), caption="clip 0 é\n", source="0.mp4")
+    check_folder(tmp_path, [0])
+
+
+def test_two_writers_are_noticed(tmp_path):
+    with SampleWriter(tmp_path) as one, SampleWriter(tmp_path) as other:
+        one.add(document())
+        with pytest.raises(RuntimeError, match="one writer a folder"):
+            other.add(document())
+    assert len(SampleFolder(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_official_sample(tmp_path, protocol):
+    path = tmp_path / "0.pkl"
+    path.write_bytes(pickle.dumps(official(), protocol))
+    sample = read_official_sample(path)
+    begin = sample.ids.tolist().index(9004)
+    assert torch.equal(sample.ids, document())
+    assert (sample.labels[:begin] == -100).all()
+    assert torch.equal(sample.labels[begin:], sample.ids[begin:])
+    assert (sample.id, sample.seconds, sample.fps, sample.frames, sample.rows, sample.cols) == (7, 1, 4, 2, 4, 8)
+    assert sample.source == str(path)
+
+
+def test_cut_and_dropped_samples_keep_their_labels(tmp_path):
+    path = tmp_path / "0.pkl"
+    path.write_bytes(pickle.dumps(official(document(7, seconds=6))))
+    cut = read_official_sample(path).cut(4, 2, {8: [16407], 4: [16403, 16403]})
+    assert (cut.frames, cut.seconds, cut.fps, cut.id, cut.source) == (3, 2, 4, 7, str(path))
+    assert cut.ids[:8].tolist() == [0, 16500, 16407, 16501, 16403, 16403, 8710, 9004]
+    assert cut.labels[:7].tolist() == [-100] * 7
+    assert torch.equal(cut.labels[7:], cut.ids[7:])
+    bare = cut.without_text()
+    assert torch.equal(bare.ids, cut.ids[7:])
+    assert torch.equal(bare.labels, bare.ids)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickles_do_not_execute(tmp_path):
+    bait, path = tmp_path / "executed", tmp_path / "evil.pkl"
+    payloads = [pickle.dumps(official() | {"id": Evil(bait)}, protocol) for protocol in range(6)]
+    payloads.append(b"cos\nmkdir\n(V" + str(bait).encode() + b"\ntR.")
+    payloads.append(b"(V" + str(bait).encode() + b"\nios\nmkdir\n.")
+    for payload in payloads:
+        path.write_bytes(payload)
+        with pytest.raises(ValueError, match=r"evil\.pkl is not a pickle of dicts, lists, ints and strings only"):
+            read_official_sample(path)
+        assert not bait.exists()
+    pickle.loads(payloads[4])  # the bait works
+    assert bait.exists()
+
+
+@pytest.mark.parametrize("value", [1.5, (1,), b"x", None, True, {1, 2}, np.int64(1), 2**70])
+def test_other_types_are_refused(tmp_path, value):
+    content = official()
+    content["token"][3] = value
+    (tmp_path / "0.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"0\.pkl"):
+        read_official_sample(tmp_path / "0.pkl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "expected a dict"),
+        ({"token": []}, "expected a dict"),
+        (official(token="0 1"), "token must be a list of ids"),
+        (official(label=[-100]), "label must hold"),
+        (official(label=[5] * len(document())), "label must hold"),
+        (official(token=[129536] + [0] * 9), "token must be a list of ids"),
+        (official(id="7"), "id must be an integer"),
+        (official(document()[:-20]), "video end"),
+    ],
+)
+def test_what_is_wrong_with_an_official_sample(tmp_path, content, message):
+    (tmp_path / "0.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=rf"0\.pkl: .*{message}"):
+        read_official_sample(tmp_path / "0.pkl")
+
+
+@settings(FILES, max_examples=150)
+@given(st.data())
+def test_damaged_pickles_give_samples_or_named_errors(tmp_path, data):
+    content = bytearray(pickle.dumps(official(), data.draw(st.sampled_from((2, 4)))))
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    del content[data.draw(st.just(len(content)) | st.integers(0, len(content))) :]
+    (tmp_path / "0.pkl").write_bytes(content)
+    try:
+        sample = read_official_sample(tmp_path / "0.pkl")
+    except ValueError as error:
+        if "0.pkl" not in str(error):
+            raise
+        return
+    FrameLayout.from_tokens(sample.ids[None], check=True)
+    assert len(sample.labels) == len(sample.ids)
+
+
+def test_a_forged_memo_index_allocates_nothing(tmp_path):
+    content = pickle.dumps(official(), 2)
+    at = content.index(pickle.BINPUT)
+    forged = content[:at] + pickle.LONG_BINPUT + b"\xff\xff\xff\xff" + content[at + 2 :]
+    (tmp_path / "0.pkl").write_bytes(forged)
+    assert read_official_sample(tmp_path / "0.pkl").id == 7
+
+
+def test_official_dataset(tmp_path):
+    (tmp_path / "files").mkdir()
+    entries = []
+    for number, frames in enumerate((2, 7, 1)):
+        content = official(document(frames, seed=number), id=number)
+        (tmp_path / "files" / f"{number}.pkl").write_bytes(pickle.dumps(content))
+        entries.append({"file": f"files/{number}.pkl", "len": len(content["token"]), "id": number})
+    index = tmp_path / "merge-record.json"
+    index.write_text(json.dumps(entries))
+    dataset = OfficialDataset(index)
+    assert [sample.id for sample in dataset] == [0, 1, 2]
+    assert [sample.frames for sample in dataset] == [2, 7, 1]
+    other = tmp_path / "elsewhere.json"
+    other.write_text(json.dumps([entry | {"file": entry["file"][6:]} for entry in entries]))
+    assert OfficialDataset(other, root=tmp_path / "files")[1].id == 1
+    index.write_text(json.dumps([entries[0] | {"len": 5}]))
+    with pytest.raises(ValueError, match=r"0\.pkl holds 91 tokens, .*merge-record\.json says 5"):
+        OfficialDataset(index)[0]
+    for wrong in ("{", "[1]", '[{"file": "a"}]', "3"):
+        index.write_text(wrong)
+        with pytest.raises(ValueError, match=r"merge-record\.json"):
+            OfficialDataset(index)
+
+
+def test_collate():
+    samples = [Sample.from_ids(document(n, seed=n)) for n in (1, 3, 2)]
+    batch = collate(samples)
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens.tolist() == np.cumsum([0] + [len(s.ids) for s in samples]).tolist()
+    for place, sample in enumerate(samples):
+        begin, end = batch.cu_seqlens[place : place + 2].tolist()
+        assert torch.equal(batch.input_ids[begin:end], sample.ids)
+    layout = FrameLayout.from_tokens(batch.input_ids, batch.cu_seqlens, check=True)
+    assert (layout.num_documents, layout.num_frames) == (3, 3)
+    assert torch.equal(collate([s.ids for s in samples]).input_ids, batch.input_ids)
+    with pytest.raises(ValueError, match="samples is empty"):
+        collate([])
+
+
+def test_tokenize_real_clips(tmp_path):
+    clips = sample_clips()
+    paths = [clips["carphone_pristine"], clips["bikes"]]
+    captions = ["a man talks in a car", "bicycles"]
+    write_image(tmp_path / "still.png", read_video(clips["bikes"], 1, 1, size=(64, 96))[0])
+    summary = tokenize(
+        *([*paths, tmp_path / "still.png"], [*captions, "a still"], tmp_path / "out", DctCodec()),
+        **{"fps": 12, "seconds": 1, "size": (64, 96), "windows": 5},
+    )
+    dataset = SampleFolder(tmp_path / "out")
+    # The first clip lasts 4.004 s, the second 10 s; a picture is one sample.
+    assert [sample.caption for sample in dataset] == [captions[0]] * 4 + [captions[1]] * 5 + ["a still"]
+    assert (summary.clips, summary.samples) == (3, 10)
+    assert summary.tokens == sum(len(sample.ids) for sample in dataset)
+    assert "10 samples of 3 clips" in str(summary)
+    third = parse_document(dataset[2].ids)
+    assert (third.seconds, third.fps, ByteTokenizer().decode(third.text_ids)) == (1, 12, captions[0])
+    assert torch.equal(third.codes, DctCodec().encode(to_float(read_video(paths[0], 12, 1, 2.0, (64, 96)))))
+    assert (dataset[9].frames, dataset[9].seconds, dataset[9].fps) == (1, 1, 1)
+    assert dataset[4].source == str(paths[1])
+
+
+def test_tokenize_names_what_is_wrong(tmp_path):
+    clip, out = sample_clips()["carphone_distorted"], tmp_path / "out"
+    for changes, error, message in (
+        ({"captions": []}, ValueError, "captions must be one a clip: 0 for 1"),
+        ({"windows": 0}, ValueError, "windows must"),
+        ({"seconds": 300}, ValueError, "seconds must"),
+        ({"fps": 0}, ValueError, "fps must"),
+        ({"seconds": 8}, ClipTooShortError, r"carphone_distorted\.mp4 is 4\.004 s long"),
+        ({"paths": [tmp_path / "none.mp4"]}, FileNotFoundError, r"none\.mp4"),
+    ):
+        with pytest.raises(error, match=message):
+            tokenize(**({"paths": [clip], "captions": ["x"], "out": out, "codec": DctCodec()} | changes))
+
+
+def test_plain_pickles_agree_with_the_standard_loader(tmp_path):
+    content = {"token": list(range(-5, 70000, 997)), "more": {"é": [1, [2, {"x": 2**40}]], 3: "ü" * 300}}
+    from lumos.data import _PlainUnpickler
+
+    for protocol in (2, 3, 4, 5):
+        assert _PlainUnpickler(io.BytesIO(pickle.dumps(content, protocol))).load() == content
