@@ -35,8 +35,8 @@ class Row:
 
     median_s, min_s, iqr_s: seconds of a call, the median, the smallest and the interquartile range of the samples.
     rate: GB/s or GFLOP/s of useful work. ratio: how many times as long as the best of ours it takes.
-    of_ceiling: its share of the fastest ceiling's rate. peak_extra_bytes: beyond the inputs. error, limit: relative L2 error of
-    the worst output or gradient, and what it may be.
+    of_ceiling: its share of the fastest ceiling's rate. peak_extra_bytes: beyond the inputs.
+    error, limit: relative L2 error of the worst output or gradient, and what it may be.
     """
 
     contestant: str
@@ -163,9 +163,7 @@ def interleave(
 
     seconds: about how long to go on; at least min_rounds, which slow calls may take longer than.
     """
-    for call in calls.values():
-        clock(call, 1)
-    repeats = {name: max(1, math.ceil(MIN_SAMPLE / max(clock(call, 1), 1e-9))) for name, call in calls.items()}
+    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names, spent, rounds = list(calls), 0.0, 0
     gc.collect()
@@ -177,6 +175,13 @@ def interleave(
             spent += took
         rounds += 1
     return samples
+
+
+def _repeats(call: Callable[[], Any], clock: Clock) -> int:
+    """Calls in a sample. Warms up: a first call that is long enough was its own calibration."""
+    if clock(call, 1) >= 10 * MIN_SAMPLE:
+        return 1
+    return max(1, math.ceil(MIN_SAMPLE / max(clock(call, 1), 1e-9)))
 
 
 def measure_case(
@@ -234,7 +239,7 @@ def _fill(
     for contestant in running:
         row, times = rows[contestant.name], samples[contestant.name]
         row.median_s, row.min_s, row.samples = statistics.median(times), min(times), len(times)
-        row.iqr_s = _interquartile_range(times)
+        row.iqr_s = interquartile_range(times)
         row.rate = (contestant.work or bench.work)(case).rate(row.median_s)
     best = next((c.name for c in running if c.role == OURS), None)
     ceilings = [c for c in running if c.role == CEILING]
@@ -252,7 +257,8 @@ def _paired_ratio(times: list[float], others: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
-def _interquartile_range(times: list[float]) -> float:
+def interquartile_range(times: list[float]) -> float:
+    """Between the quartiles of the samples; 0 for one sample."""
     if len(times) < 2:
         return 0.0
     first, _, third = statistics.quantiles(times, n=4, method="inclusive")
