@@ -1,4 +1,4 @@
-// bfloat16 and IEEE half as storage types, with scalar conversions that round to nearest even.
+// bfloat16 and IEEE half as storage types, with the conversions of half for CPUs without F16C.
 #pragma once
 
 #include <cstdint>
@@ -27,14 +27,6 @@ inline float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof(x));
   return x;
-}
-
-inline float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-
-inline BFloat16 to_bfloat16(float x) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return {static_cast<uint16_t>(x != x ? 0x7fc0 : rounded)};
 }
 
 /// Moving the 15 bits below the sign into a float's place leaves the value 2^112 too small, subnormals included.

@@ -44,7 +44,7 @@ struct MMRopeKernels {
   void (*backward)(const MMRopeProblem& problem, int64_t block, int64_t first_token, int64_t last_token,
                    float* scratch);
 };
-inline constexpr int64_t kMMRopeScratch = 5;
+inline constexpr int64_t kMMRopeScratch = 11;
 
 extern const MMRopeKernels kMMRopeBase;
 extern const MMRopeKernels kMMRopeAvx2;

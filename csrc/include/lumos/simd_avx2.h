@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "lumos/half.h"
+#include "lumos/simd_sum4.h"
 
 namespace lumos {
 namespace {
@@ -20,11 +21,10 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
 
-inline float sum(Vec a) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+inline __m128 fold(Vec a) {
+  return _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
 }
+inline void sum4(float* to, Vec a, Vec b, Vec c, Vec d) { _mm_storeu_ps(to, sum4(fold(a), fold(b), fold(c), fold(d))); }
 
 inline Vec load(const float* from) { return {_mm256_loadu_ps(from)}; }
 inline Vec load(const BFloat16* from) {

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "lumos/half.h"
+#include "lumos/simd_sum4.h"
 
 namespace lumos {
 namespace {
@@ -20,12 +21,11 @@ inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 
-inline float sum(Vec a) {
+inline __m128 fold(Vec a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
+inline void sum4(float* to, Vec a, Vec b, Vec c, Vec d) { _mm_storeu_ps(to, sum4(fold(a), fold(b), fold(c), fold(d))); }
 
 inline Vec load(const float* from) { return {_mm512_loadu_ps(from)}; }
 inline Vec load(const BFloat16* from) {
