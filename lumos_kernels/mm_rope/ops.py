@@ -58,8 +58,7 @@ def _backward(grad_q, grad_k, q, k, positions, q_weight, q_bias, k_weight, k_bia
     tensors = (checks.unit_last_stride(t) for t in (grad_q, grad_k, q, k))
     norms = _norm(q_weight, q_bias), _norm(k_weight, k_bias)
     dq, dk, *dnorms = chosen.backward(*tensors, positions, *norms, inv_freq, eps)
-    absent = (q.new_empty(0), q.new_empty(0))
-    return dq, dk, *(p for norm in dnorms for p in (norm or absent))
+    return dq, dk, *(p for norm in dnorms for p in (norm or (q.new_empty(0), q.new_empty(0))))
 
 
 class MMRope(torch.autograd.Function):
