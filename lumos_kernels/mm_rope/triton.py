@@ -1,12 +1,12 @@
-"""MM-RoPE as Triton kernels. Compiled for sm_80, sm_90 and sm_100 and run in Triton's interpreter; not yet run on a GPU.
+"""MM-RoPE as Triton kernels: compiled for sm_80, sm_90 and sm_100, run in the interpreter, not yet run on a GPU.
 
 Forward: y = LayerNorm(x), then each pair of channels (i, i + D/2) turns by its angle p * f.
 Backward: the gradient turns back, dy = R(-angle) * grad, and with g = dy * weight
     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)),   dweight = sum of dy * x_hat,   dbias = sum of dy.
 
-A program owns BLOCK_T tokens and a group of heads of q or of k, all of one row of the norm. It makes the tokens' cos and
-sin once, then walks over its heads: the two rotation halves of a head are two [BLOCK_T, D/2] tiles, so that a pair's
-channels sit in the same thread, and a row's statistics stay inside a warp.
+A program owns BLOCK_T tokens and a group of heads of q or of k, all of one row of the norm. It makes the tokens' cos
+and sin once, then walks over its heads: the two rotation halves of a head are two [BLOCK_T, D/2] tiles, so that a
+pair's channels sit in the same thread, and a row's statistics stay inside a warp.
 
 Shapes: T tokens, D head_dim, HALF = D/2 pairs, PADDED_HALF the next power of two (64 for the 48 of D = 96).
 """
@@ -36,18 +36,20 @@ class Config(NamedTuple):
 
 # PADDED_HALF -> configuration; larger heads take the last one. Chosen by arithmetic, not yet by measurement.
 # A tile of 1,024 pairs gives each of 128 threads 8 neighbouring pairs: one 16-byte access per half.
-# H100, forward at 3.0 TB/s: 1.5 TB/s of reads with 0.7 us of latency need 8 KB in flight on each of 132 SMs. A warp loads
-# 1 KB at a time, and 24 warps are resident (80 registers a thread), so it is enough that a third of them wait. Backward
-# reads 2.0 TB/s, 11 KB in flight, with 12 warps of 2 KB (up to 168 registers). Loading the next head before computing
-# this one would not help: ptxas moves those loads behind the computation.
-# Sine and cosine of a pair cost about 45 instructions, against the 76 that 132 SMs can issue in the time HBM takes for a
-# pair's 8 bytes: 8 heads share them.
+# H100, forward at 3.0 TB/s: 1.5 TB/s of reads with 0.7 us of latency need 8 KB in flight on each of 132 SMs. A warp
+# loads 1 KB at a time, and 24 warps are resident (80 registers a thread), so it is enough that a third of them wait.
+# Backward reads 2.0 TB/s, 11 KB in flight, with 12 warps of 2 KB (up to 168 registers). Loading the next head before
+# computing this one would not help: ptxas moves those loads behind the computation.
+# Sine and cosine of a pair cost about 45 instructions, against the 76 that 132 SMs can issue in the time HBM takes for
+# a pair's 8 bytes: 8 heads share them.
 FORWARD = {16: Config(64, 8, 4), 32: Config(32, 8, 4), 64: Config(16, 8, 4), 128: Config(8, 8, 4)}
 BACKWARD = {16: Config(64, 8, 4), 32: Config(32, 8, 4), 64: Config(16, 8, 4), 128: Config(8, 8, 4)}
 
-# dweight and dbias: the token blocks are cut into at most so many splits, each with its own partial sum. The cut depends
-# on T alone, so the sums are the same on every GPU. Partials cost 1/190 of the traffic at most.
+# dweight and dbias: the token blocks are cut into at most so many splits, each with its own partial sum. The cut
+# depends on T alone, so the sums are the same on every GPU. Partials of full groups cost 1/190 of the traffic.
 MAX_SPLITS = 1024
+# Second stage: partials added at once, and columns (16 of fp32 are 64 bytes; head_dim is a multiple of 32).
+SUM_PARTIALS, SUM_COLUMNS = 512, 16
 
 
 class Side(NamedTuple):
@@ -72,8 +74,8 @@ class Side(NamedTuple):
 _ON_H = tl.constexpr(sum(1 << slot for slot, axis in enumerate(AXES) if axis == 1))
 _ON_W = tl.constexpr(sum(1 << slot for slot, axis in enumerate(AXES) if axis == 2))
 
-# pi/2 in three parts. The first two have so few bits that n * part is exact for every n up to 2^19, with or without FMA:
-# what is lost of pi/2 is n * 2^-43, and of the last product half its unit in the last place.
+# pi/2 in three parts. The first two have so few bits that n * part is exact for every n up to 2^19, with or without
+# FMA: what is lost of pi/2 is n * 2^-43, and of the last product half its unit in the last place.
 _TWO_OVER_PI = tl.constexpr(0.6366197723675814)
 _HALF_PI_1 = tl.constexpr(1.5625)  # 25 / 2^4
 _HALF_PI_2 = tl.constexpr(0.00830078125)  # 17 / 2^11
@@ -108,8 +110,8 @@ def _cos_sin(angle):
 def _token_cos_sin(positions_ptr, inv_freq_ptr, token, token_mask, pair, pair_mask, tokens):
     """fp32 [BLOCK_T, PADDED_HALF]: cos and sin of every pair's angle, which is the rounded product p * f.
 
-    The kernels are compiled without FMA contraction: contracted into the range reduction, the product would keep all its
-    bits, and at position 90,000 the angle would differ from the reference's by 4e-3.
+    The kernels are compiled without FMA contraction: contracted into the range reduction, the product would keep all
+    its bits, and at position 90,000 the angle would differ from the reference's by 4e-3.
     """
     t = tl.load(positions_ptr + token, mask=token_mask, other=0)[:, None]
     h = tl.load(positions_ptr + tokens + token, mask=token_mask, other=0)[:, None]
@@ -130,7 +132,7 @@ def _normalise(x1, x2, token_mask, pair_mask, eps, HALF: tl.constexpr):
     """x_hat, its two halves, and rstd [BLOCK_T, 1]; 0 outside the masks, also with eps = 0."""
     mean = (tl.sum(x1 + x2, axis=1) * (0.5 / HALF))[:, None]
     x1, x2 = x1 - mean, x2 - mean
-    if HALF != x1.shape[1]:
+    if x1.shape[1] != HALF:
         x1, x2 = tl.where(pair_mask[None, :], x1, 0.0), tl.where(pair_mask[None, :], x2, 0.0)
     variance = tl.sum(tl.fma(x1, x1, x2 * x2), axis=1) * (0.5 / HALF)
     rstd = tl.where(token_mask, tl.rsqrt(variance + eps), 0.0)[:, None]
@@ -176,7 +178,7 @@ def _token_block(block, tokens, BLOCK_T: tl.constexpr, INT64: tl.constexpr):
 @triton.jit
 def _tile_mask(token_mask, pair_mask, HALF: tl.constexpr):
     mask = token_mask[:, None]
-    if HALF != pair_mask.shape[0]:
+    if pair_mask.shape[0] != HALF:
         mask = mask & pair_mask[None, :]
     return mask
 
@@ -355,12 +357,13 @@ def _sum_row(sums, row, chunk, head_dim, BLOCK_N: tl.constexpr, BLOCK_C: tl.cons
 
 @triton.jit
 def _sum_partials_kernel(q, k, head_dim, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Second stage of dweight and dbias: one program per row of a norm and 16 columns, 64 bytes of a partial."""
+    """Second stage of dweight and dbias: one program per row of a norm and BLOCK_C columns."""
     row, chunk = tl.program_id(0), tl.program_id(1)
-    if q.partials is not None:
+    # The outer conditions are settled when compiling: an absent norm leaves no code behind.
+    if q.partials is not None:  # noqa: SIM102
         if row < q.rows:
             _sum_row(q, row, chunk, head_dim, BLOCK_N, BLOCK_C)
-    if k.partials is not None:
+    if k.partials is not None:  # noqa: SIM102
         if row >= q.rows:
             _sum_row(k, row - q.rows, chunk, head_dim, BLOCK_N, BLOCK_C)
 
@@ -458,9 +461,8 @@ def backward(
                 q_side, k_side, positions, inv_freq, tokens, splits, blocks_per_split, q_groups, groups, eps, **options
             )
         if q_sums.rows + k_sums.rows:
-            block_c = 16  # head_dim is a multiple of 32
-            grid = (q_sums.rows + k_sums.rows, 2 * head_dim // block_c)
-            _sum_partials_kernel[grid](q_sums, k_sums, head_dim, BLOCK_N=512, BLOCK_C=block_c, num_warps=8)
+            grid = (q_sums.rows + k_sums.rows, 2 * head_dim // SUM_COLUMNS)
+            _sum_partials_kernel[grid](q_sums, k_sums, head_dim, BLOCK_N=SUM_PARTIALS, BLOCK_C=SUM_COLUMNS, num_warps=8)
     dq_norm, dk_norm = (None if s.dweight is None else (s.dweight, s.dbias) for s in (q_sums, k_sums))
     return q_side.out, k_side.out, dq_norm, dk_norm
 

@@ -1,0 +1,263 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reports what ptxas made of them.
+
+    python tests/compile_triton.py            prints the resources of every case on every architecture
+    python tests/compile_triton.py --json     the same as JSON lines, for test_triton_compile.py
+
+A case is a call of an implementation's host function with CPU tensors. Its launches are intercepted and compiled by
+Triton's own run-time path, so a case sees the very specialization (dtypes, alignment, constexprs, options) that a GPU
+would get, and needs no second copy of a kernel's signature. To add an op, add its cases to CASES.
+
+Runs in a process of its own, without TRITON_INTERPRET: the interpreter's kernels cannot be compiled. Nothing here runs
+a kernel: what compiles within its budget is not yet proven right or fast on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ARCHS = (80, 90, 100)
+THREAD_REGISTERS = 65536  # of an SM
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most a kernel may use, on every architecture, and what its machine code must and must not contain."""
+
+    registers: int
+    shared: int = 0
+    spills: int = 0  # STL and LDL instructions
+    at_least: dict[str, int] = field(default_factory=dict)  # SASS mnemonic, e.g. "LDG.E.128" -> times
+    at_most: dict[str, int] = field(default_factory=dict)
+    ptx_without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    call: Callable[[], object]
+    budgets: dict[str, Budget]  # by kernel name, in the order of the launches
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel."""
+
+    case: str
+    kernel: str
+    arch: int
+    num_warps: int
+    registers: int
+    spills: int
+    shared: int
+    instructions: int
+    mnemonics: dict[str, int]  # memory and matrix instructions of interest
+    failures: list[str]  # what is outside the budget
+
+    @property
+    def resident_warps(self) -> int:
+        """Warps an SM holds, as far as registers decide (they are given out in units of 8 a thread)."""
+        threads = THREAD_REGISTERS // (-(-self.registers // 8) * 8)
+        return min(threads // 32 // self.num_warps * self.num_warps, 64)
+
+
+class AbsentGpu:
+    """Stands for Triton's driver: knows its target, cannot launch."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps its compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled_launches(call: Callable[[], object], arch: int) -> list:
+    """The kernels that `call` would launch, compiled for `arch`."""
+    kernels = []
+    original = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernels.append(original(self, *args, grid=grid, warmup=True, **kwargs))
+        return kernels[-1]
+
+    driver.set_active(AbsentGpu(arch))
+    JITFunction.run = compile_only
+    try:
+        call()
+    finally:
+        JITFunction.run = original
+    return kernels
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    """The disassembler in Triton's wheel; one of those lies there for each generation of GPU."""
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_cuobjdump(), option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+_COUNTED = re.compile(r"(LD[GS]|ST[GS]|LDGSTS|HGMMA|HMMA|UTC\w*MMA|UTMALDG|UTMASTG|BAR)\b")
+
+
+def resources(case: Case, kernel, arch: int) -> Resources:
+    registers = int(re.search(r"REG:(\d+)", _dump(kernel.asm["cubin"], "-res-usage")).group(1))
+    lines = _dump(kernel.asm["cubin"], "-sass").splitlines()
+    opcodes = [
+        match.group(1) for line in lines if (match := re.search(r"^\s+/\*\w+\*/\s+(?:@!?\w+ )?([A-Z][\w.]+)", line))
+    ]
+    mnemonics: dict[str, int] = {}
+    for opcode in filter(_COUNTED.match, opcodes):
+        # Cache and scope suffixes vary between versions and mean nothing here: LDG.E.128.CONSTANT is LDG.E.128.
+        short = re.sub(r"\.(CONSTANT|SYS|STRONG|GPU|EF|EL|NA|LU)\b", "", opcode)
+        mnemonics[short] = mnemonics.get(short, 0) + 1
+    found = Resources(
+        case=case.name,
+        kernel=kernel.name,
+        arch=arch,
+        num_warps=kernel.metadata.num_warps,
+        registers=registers,
+        spills=sum(opcode.startswith(("STL", "LDL")) for opcode in opcodes),
+        shared=kernel.metadata.shared,
+        instructions=len(opcodes),
+        mnemonics=mnemonics,
+        failures=[],
+    )
+    if not opcodes:
+        found.failures.append("the disassembly holds no instruction that this harness can read")
+    found.failures.extend(_outside(case.budgets[kernel.name], found, kernel.asm["ptx"]))
+    return found
+
+
+def _outside(budget: Budget, found: Resources, ptx: str) -> Iterator[str]:
+    for what in ("registers", "spills", "shared"):
+        have, allowed = getattr(found, what), getattr(budget, what)
+        if have > allowed:
+            yield f"{have} {what}, budget {allowed}"
+    for mnemonic, least in budget.at_least.items():
+        if found.mnemonics.get(mnemonic, 0) < least:
+            yield f"{found.mnemonics.get(mnemonic, 0)} {mnemonic}, at least {least} expected"
+    for mnemonic, most in budget.at_most.items():
+        if found.mnemonics.get(mnemonic, 0) > most:
+            yield f"{found.mnemonics[mnemonic]} {mnemonic}, at most {most} expected"
+    for text in budget.ptx_without:
+        if text in ptx:
+            yield f"PTX holds {text!r}"
+
+
+def mm_rope_cases() -> Iterator[Case]:
+    """Every configuration of the table at the 1B model's head counts, and the variants of the one for D = 64."""
+    from lumos_kernels import checks
+    from lumos_kernels.mm_rope import triton as implementation
+
+    def call(backward: bool, head_dim: int, dtype=torch.bfloat16, norms: bool = True, int64: bool = False) -> None:
+        tokens, q_heads, kv_heads = 48, 32, 8
+        qkv = torch.empty(tokens, q_heads + 2 * kv_heads, head_dim, dtype=dtype)
+        q, k = qkv[:, :q_heads], qkv[:, q_heads : q_heads + kv_heads]
+        norm = tuple(torch.empty(2, head_dim, dtype=dtype) for _ in range(2)) if norms else None
+        arguments = (q, k, torch.empty(3, tokens, dtype=torch.int32), norm, norm, torch.empty(head_dim // 2), 1e-5)
+        with mock.patch.object(checks, "needs_int64_offsets", return_value=int64):
+            if backward:
+                implementation.backward(torch.empty_like(q), torch.empty_like(k), *arguments)
+            else:
+                implementation.forward(*arguments)
+
+    # Two halves in and out, for q and for k, 16 bytes at a time. Narrow loads are for positions and the rows of norms.
+    limits = {
+        "at_least": {"LDG.E.128": 4, "STG.E.128": 4},
+        "at_most": {"LDG.E.U16": 8, "LDG.E": 8, "STG.E.U16": 0},
+        # A multiplication without .rn may be contracted into an FMA, and that of a position and its frequency must not.
+        "ptx_without": ("mul.f32", "add.f32", "sub.f32"),
+    }
+    forward = Budget(registers=80, shared=512, **limits)  # 24 warps on an SM
+    backward = Budget(registers=168, shared=2048, **limits)  # 12 warps
+    sums = Budget(registers=64, shared=1024, at_least={"LDG.E.128": 1})
+    variants = {
+        "D=32": {"head_dim": 32},
+        "D=64": {"head_dim": 64},
+        "D=96": {"head_dim": 96},
+        "D=128": {"head_dim": 128},
+        "D=256": {"head_dim": 256},
+        "D=64 fp32": {"head_dim": 64, "dtype": torch.float32},
+        "D=64 without norms": {"head_dim": 64, "norms": False},
+        "D=64 int64": {"head_dim": 64, "int64": True},
+    }
+    for name, variant in variants.items():
+        run = functools.partial(call, False, **variant)
+        yield Case(f"mm_rope forward {name}", run, {"_forward_kernel": forward})
+        run = functools.partial(call, True, **variant)
+        second_stage = {"_sum_partials_kernel": sums} if variant.get("norms", True) else {}
+        yield Case(f"mm_rope backward {name}", run, {"_backward_kernel": backward, **second_stage})
+
+
+CASES: tuple[Callable[[], Iterator[Case]], ...] = (mm_rope_cases,)
+
+
+def all_resources(archs: Iterable[int]) -> Iterator[Resources]:
+    seen = set()
+    for case in itertools.chain.from_iterable(cases() for cases in CASES):
+        for arch in archs:
+            kernels = compiled_launches(case.call, arch)
+            launched, expected = [kernel.name for kernel in kernels], list(case.budgets)
+            if launched != expected:
+                raise AssertionError(f"{case.name} launches {launched}, not {expected}")
+            for kernel in kernels:
+                if kernel.hash not in seen:  # two cases may share a second stage
+                    seen.add(kernel.hash)
+                    yield resources(case, kernel, arch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object per compiled kernel")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="all three where not given")
+    options = parser.parse_args()
+    for found in all_resources(options.arch or ARCHS):
+        if options.json:
+            print(json.dumps(dataclasses.asdict(found)), flush=True)
+            continue
+        mnemonics = " ".join(f"{name}x{times}" for name, times in sorted(found.mnemonics.items()))
+        print(
+            f"{found.case:36} {found.kernel:22} sm_{found.arch:<4} registers {found.registers:3}"
+            f" warps {found.resident_warps:2} spills {found.spills:2} shared {found.shared:5}"
+            f" code {found.instructions:5} {mnemonics}"
+        )
+        for failure in found.failures:
+            print(f"    outside its budget: {failure}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()
