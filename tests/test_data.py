@@ -246,7 +246,7 @@ def test_pickles_do_not_execute(tmp_path):
     assert bait.exists()
 
 
-@pytest.mark.parametrize("value", [1.5, (1,), b"x", None, True, {1, 2}, np.int64(1), 2**70])
+@pytest.mark.parametrize("value", [1.5, (1,), b"x", None, True, {1, 2}, np.int64(1), 2**70, "1", [1], {}])
 def test_other_types_are_refused(tmp_path, value):
     content = official()
     content["token"][3] = value
