@@ -45,6 +45,8 @@ def frame_attention(
     """
     checks.shape("q", q, "Tq, Hq, D")
     queries, q_heads, head_dim = q.shape
+    if not q_heads or not head_dim:
+        raise ValueError(f"q must have at least one head and one channel; got {checks.describe(q)}")
     checks.shape("k", k, "Tk, Hkv, D", D=head_dim)
     keys, kv_heads, _ = k.shape
     checks.shape("v", v, "Tk, Hkv, D", Tk=keys, Hkv=kv_heads, D=head_dim)

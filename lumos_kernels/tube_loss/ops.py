@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lumos_kernels import dispatch
+from lumos_kernels import checks, dispatch
 from lumos_kernels.dispatch import Problem, runs_anywhere
 from lumos_kernels.library_ops import define
 
@@ -51,6 +51,7 @@ def _fake_forward(hidden, weight, labels, rows, token_weight, first, last, z_los
     "int last, float z_loss, bool need_hidden, bool need_weight, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
 )
+@checks.without_autocast
 def _forward(hidden, weight, labels, rows, token_weight, first, last, z_loss, need_hidden, need_weight, impl):
     chosen = OP.choose(impl, Problem.of(hidden))
     rows = _target_rows(labels, rows, first, last)
@@ -88,6 +89,7 @@ def _fake_backward(grad, hidden, weight, labels, rows, lse, first, last, z_loss,
     "int first, int last, float z_loss, bool need_hidden, bool need_weight, str impl) -> (Tensor, Tensor)",
     _fake_backward,
 )
+@checks.without_autocast
 def _backward(grad, hidden, weight, labels, rows, lse, first, last, z_loss, need_hidden, need_weight, impl):
     chosen = OP.choose(impl, Problem.of(hidden))
     rows = _target_rows(labels, rows, first, last)
