@@ -321,34 +321,24 @@ class Lumos(nn.Module):
             )
         lo, hi = self.config.classes
         weight_T = None if decay_start is None else frame_decay(output.layout, decay_start)
-        scaled = bool(focal_gamma) or weight_T is not None
-
-        def slot_losses(reduction: str, z_loss: float = 0.0, token_weight: Tensor | None = None) -> tuple:
-            return tube_masked_loss(
-                hidden_TC,
-                self.lm_head.weight,
-                labels_T,
-                classes=(lo, hi),
-                rows=rows,
-                reduction=reduction,
-                z_loss=z_loss,
-                token_weight=token_weight,
-                impl=choose_impl(self.impl, "tube_masked_loss"),
-                return_stats=True,
-            )
-
         output.targets = (labels_T >= lo) & (labels_T < hi)
-        if not focal_gamma:
-            # The op would weight the z-loss as well, so where both are asked for it is added on its own below.
-            loss, stats = slot_losses("mean", 0.0 if scaled else z_loss, weight_T)
-        else:
-            count = output.targets.sum().clamp_min(1)
-            nll_T, stats = slot_losses("none")
-            focal_T = (-torch.expm1(-nll_T)) ** focal_gamma * nll_T
-            loss = (focal_T if weight_T is None else focal_T * weight_T).sum() / count
-        if z_loss and scaled:
-            loss = loss + slot_losses("mean", z_loss)[0] - slot_losses("mean")[0]
-        output.loss, output.nll = loss, stats.nll
+        loss, stats = tube_masked_loss(
+            hidden_TC,
+            self.lm_head.weight,
+            labels_T,
+            classes=(lo, hi),
+            rows=rows,
+            reduction="none" if focal_gamma else "mean",
+            z_loss=z_loss,
+            token_weight=weight_T,
+            impl=choose_impl(self.impl, "tube_masked_loss"),
+            return_stats=True,
+        )
+        if focal_gamma:
+            focal_T = (-torch.expm1(-stats.nll)) ** focal_gamma * stats.nll
+            focal_T = focal_T if weight_T is None else focal_T * weight_T
+            loss = (focal_T + z_loss * stats.lse.square()).sum() / output.targets.sum().clamp_min(1)
+        output.loss, output.nll = loss, stats.nll.detach()
 
     def _checked_layout(self, input_ids: Tensor, layout: FrameLayout | None) -> FrameLayout:
         if layout is None:

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from lumos_kernels import checks
-from lumos_kernels.tube_loss.ops import RowLosses, SummedLoss, is_target
+from lumos_kernels.tube_loss.ops import RowStatistics, SummedLoss, is_target, row_losses
 
 VISUAL_CLASSES = (65536, 129536)
 
 
 class TubeLossStats(NamedTuple):
-    """Per-row statistics, detached; zero and False on rows that are no targets."""
+    """Per-row statistics, zero and False on rows that are no targets.
+
+    Detached, except that with reduction "none" gradients flow through nll and lse: any function of the two is a loss.
+    """
 
     nll: Tensor  # fp32 [T], cross entropy
     lse: Tensor  # fp32 [T], logsumexp over the class slice
@@ -36,7 +39,7 @@ def tube_masked_loss(
     """Cross entropy of the masked slots over the visual classes, without logits for anything else.
 
     Row i is a target if first <= labels[i] < last, with (first, last) = classes; its loss is
-    token_weight[i] * (nll_i + z_loss * lse_i^2), where nll and lse are taken over the columns first .. last - 1.
+    token_weight[i] * nll_i + z_loss * lse_i^2, where nll and lse are taken over the columns first .. last - 1.
 
     Args:
         hidden: [T, C], bf16, fp16, fp32 or fp64.
@@ -46,8 +49,8 @@ def tube_masked_loss(
         reduction: "mean" over the target rows (0 if there are none), "sum", or "none" (fp32 [T], 0 on other rows).
         z_loss: factor of the squared logsumexp.
         impl: "auto" or an implementation's name. An explicit choice never falls back.
-        token_weight: [T], a constant factor per row: no gradient flows to it, and the mean still divides by the
-            number of target rows, as upstream does.
+        token_weight: [T], a constant factor of each row's cross entropy (not of its z-loss): no gradient flows to
+            it, and the mean still divides by the number of target rows, as upstream does.
         rows: int32 or int64 [N], exactly the target rows, when the caller knows them: saves a host sync.
         return_stats: also return TubeLossStats.
 
@@ -82,8 +85,13 @@ def tube_masked_loss(
     if token_weight is not None:
         token_weight = token_weight.detach().to(torch.promote_types(hidden.dtype, torch.float32))
 
-    function = RowLosses if reduction == "none" else SummedLoss
-    loss, *stats = function.apply(hidden, weight, labels, rows, token_weight, first, last, float(z_loss), impl)
+    if reduction == "none":
+        nll, lse, correct = RowStatistics.apply(hidden, weight, labels, rows, first, last, impl)
+        loss = row_losses(nll, lse, token_weight, z_loss)
+    else:
+        loss, nll, lse, correct = SummedLoss.apply(
+            hidden, weight, labels, rows, token_weight, first, last, float(z_loss), impl
+        )
     if reduction == "mean":
         loss = loss / (is_target(labels, first, last).sum().clamp_min(1) if rows is None else max(rows.shape[0], 1))
-    return (loss, TubeLossStats(*stats)) if return_stats else loss
+    return (loss, TubeLossStats(nll, lse, correct)) if return_stats else loss

@@ -3,9 +3,10 @@
 An implementation is a module of this folder with
     forward(hidden, weight, targets, rows, row_weight, z_loss, need_hidden, need_weight)
         -> nll, lse, correct (each [N]), dhidden [T, C] or None, dweight [K, C] or None
-    backward(grad_rows, hidden, weight, targets, rows, lse, z_loss, need_hidden, need_weight) -> dhidden, dweight
+    backward(grad_nll, grad_lse, hidden, weight, targets, rows, lse, need_hidden, need_weight) -> dhidden, dweight
 where weight is the class slice in hidden's dtype and rows are the N target rows. The gradients that forward returns are
-those of the sum of the row losses: a training step needs no second pass over the logits.
+those of the sum of the row losses, row_weight * nll + z_loss * lse^2: a training step needs no second pass over the
+logits.
 """
 
 from __future__ import annotations
@@ -79,23 +80,31 @@ def _present(hidden: Tensor, dhidden: Tensor | None, dweight: Tensor | None) -> 
     )
 
 
-def _fake_backward(grad, hidden, weight, labels, rows, lse, first, last, z_loss, need_hidden, need_weight, impl):
+def _fake_backward(dnll, dlse, hidden, weight, labels, rows, lse, first, last, need_hidden, need_weight, impl):
     dhidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     return dhidden, lse.new_empty((last - first, hidden.shape[1]) if need_weight else 0)
 
 
 @define(
-    "tube_masked_loss_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? rows, Tensor lse, "
-    "int first, int last, float z_loss, bool need_hidden, bool need_weight, str impl) -> (Tensor, Tensor)",
+    "tube_masked_loss_backward(Tensor grad_nll, Tensor grad_lse, Tensor hidden, Tensor weight, Tensor labels, "
+    "Tensor? rows, Tensor lse, int first, int last, bool need_hidden, bool need_weight, str impl) -> (Tensor, Tensor)",
     _fake_backward,
 )
 @checks.without_autocast
-def _backward(grad, hidden, weight, labels, rows, lse, first, last, z_loss, need_hidden, need_weight, impl):
+def _backward(grad_nll, grad_lse, hidden, weight, labels, rows, lse, first, last, need_hidden, need_weight, impl):
     chosen = OP.choose(impl, Problem.of(hidden))
     rows = _target_rows(labels, rows, first, last)
     classes = weight[first:last].to(hidden.dtype)
     dhidden, dweight = chosen.backward(
-        grad[rows], hidden, classes, labels[rows] - first, rows, lse[rows], z_loss, need_hidden, need_weight
+        grad_nll[rows],
+        grad_lse[rows],
+        hidden,
+        classes,
+        labels[rows] - first,
+        rows,
+        lse[rows],
+        need_hidden,
+        need_weight,
     )
     return _present(hidden, dhidden, dweight)
 
@@ -120,7 +129,7 @@ class SummedLoss(torch.autograd.Function):
         ctx.slice = first, last
         ctx.mark_non_differentiable(nll, lse, correct)
         ctx.set_materialize_grads(False)
-        return weighted(nll, lse, token_weight, z_loss).sum(), nll, lse, correct
+        return row_losses(nll, lse, token_weight, z_loss).sum(), nll, lse, correct
 
     @staticmethod
     @once_differentiable
@@ -133,37 +142,33 @@ class SummedLoss(torch.autograd.Function):
         return dhidden, dweight, *(None,) * 7
 
 
-class RowLosses(torch.autograd.Function):
-    """The row losses themselves: backward needs the true upstream gradient, so it recomputes the logits."""
+class RowStatistics(torch.autograd.Function):
+    """nll and lse of every row, differentiable: backward needs their true gradients, so it recomputes the logits."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, rows, token_weight, first, last, z_loss, impl):
+    def forward(ctx, hidden, weight, labels, rows, first, last, impl):
         nll, lse, correct, *_ = torch.ops.lumos_kernels.tube_masked_loss.default(
-            hidden, weight, labels, rows, token_weight, first, last, z_loss, False, False, impl
+            hidden, weight, labels, rows, None, first, last, 0.0, False, False, impl
         )
-        ctx.save_for_backward(hidden, weight, labels, rows, token_weight, lse)
-        ctx.options = first, last, z_loss, impl
-        ctx.mark_non_differentiable(nll, lse, correct)
-        ctx.set_materialize_grads(False)
-        return weighted(nll, lse, token_weight, z_loss), nll, lse, correct
+        ctx.save_for_backward(hidden, weight, labels, rows, lse)
+        ctx.options = first, last, impl
+        ctx.mark_non_differentiable(correct)
+        return nll, lse, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rows, *_):
-        if grad_rows is None:
-            return (None,) * 9
-        hidden, weight, labels, rows, token_weight, lse = ctx.saved_tensors
-        first, last, z_loss, impl = ctx.options
+    def backward(ctx, grad_nll, grad_lse, _):
+        hidden, weight, labels, rows, lse = ctx.saved_tensors
+        first, last, impl = ctx.options
         need = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        grad = grad_rows if token_weight is None else grad_rows * token_weight
         dhidden, dclasses = torch.ops.lumos_kernels.tube_masked_loss_backward.default(
-            grad, hidden, weight, labels, rows, lse, first, last, z_loss, *need, impl
+            grad_nll, grad_lse, hidden, weight, labels, rows, lse, first, last, *need, impl
         )
         dweight = _whole_weight(dclasses, weight, first, last) if need[1] else None
-        return dhidden if need[0] else None, dweight, *(None,) * 7
+        return dhidden if need[0] else None, dweight, *(None,) * 5
 
 
-def weighted(nll: Tensor, lse: Tensor, token_weight: Tensor | None, z_loss: float) -> Tensor:
+def row_losses(nll: Tensor, lse: Tensor, token_weight: Tensor | None, z_loss: float) -> Tensor:
     """Row losses [T] from the statistics, which are zero where a row is no target."""
-    loss = nll + z_loss * lse.square() if z_loss else nll.clone()
-    return loss if token_weight is None else loss * token_weight
+    loss = nll if token_weight is None else nll * token_weight
+    return loss + z_loss * lse.square() if z_loss else loss

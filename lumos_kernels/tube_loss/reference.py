@@ -1,7 +1,7 @@
 """Tube-masked cross entropy in plain PyTorch: the specification that every kernel is compared with.
 
 Of T rows only the N target rows matter, of V columns only the class slice: logits = x W^T, lse = logsumexp(logits),
-nll = lse - logit of the target, row loss = row_weight * (nll + z_loss * lse^2). fp32 throughout (fp64 for fp64 input).
+nll = lse - logit of the target, row loss = row_weight * nll + z_loss * lse^2. fp32 throughout (fp64 for fp64 input).
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ def forward(
         lse = torch.logsumexp(logits, -1)
         nll = lse - logits.gather(1, target[:, None])[:, 0]
         stats.append((nll, lse, logits.argmax(-1) == target))
-        grads.add(row, logits, lse, target, factor, z_loss)
+        grads.add(row, logits, lse, target, factor, 2 * z_loss * lse)
     nll, lse, correct = (torch.cat(parts) for parts in zip(*stats, strict=True))
     return nll, lse, correct, grads.hidden, grads.classes
 
 
 def backward(
-    grad_rows: Tensor,
+    grad_nll: Tensor,
+    grad_lse: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     rows: Tensor,
     lse: Tensor,
-    z_loss: float,
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of sum_i grad_rows[i] * (nll_i + z_loss * lse_i^2); shapes as in forward."""
+    """Gradients of sum_i grad_nll[i] * nll_i + grad_lse[i] * lse_i; both [N], other shapes as in forward."""
     grads = _Gradients(hidden, weight, need_hidden, need_weight)
-    for row, target, factor, lse_ in _blocks(rows, targets, grad_rows, lse):
-        grads.add(row, _compute(hidden[row]) @ grads.weight.T, lse_, target, factor, z_loss)
+    for row, target, dnll, dlse, lse_ in _blocks(rows, targets, grad_nll, grad_lse, lse):
+        grads.add(row, _compute(hidden[row]) @ grads.weight.T, lse_, target, dnll, dlse)
     return grads.hidden, grads.classes
 
 
@@ -76,14 +76,14 @@ class _Gradients:
         self.hidden = torch.zeros_like(hidden) if need_hidden else None
         self.classes = torch.zeros_like(self.weight) if need_weight else None
 
-    def add(self, rows: Tensor, logits: Tensor, lse: Tensor, target: Tensor, factor: Tensor, z_loss: float) -> None:
-        """Adds factor * d(nll + z_loss lse^2); the gradient factor * (softmax * (1 + 2 z_loss lse) - one_hot(target))
-        takes the place of the logits.
+    def add(self, rows: Tensor, logits: Tensor, lse: Tensor, target: Tensor, dnll: Tensor, dlse: Tensor) -> None:
+        """Adds the gradients of dnll * nll + dlse * lse. That of the logits takes their place:
+        softmax * (dnll + dlse) - one_hot(target) * dnll.
         """
         if self.hidden is None and self.classes is None:
             return
-        dlogits = logits.sub_(lse[:, None]).exp_().mul_((factor * (1 + 2 * z_loss * lse))[:, None])
-        dlogits.scatter_add_(1, target[:, None], -factor[:, None].to(dlogits.dtype))
+        dlogits = logits.sub_(lse[:, None]).exp_().mul_((dnll + dlse)[:, None])
+        dlogits.scatter_add_(1, target[:, None], -dnll[:, None].to(dlogits.dtype))
         if self.hidden is not None:
             self.hidden[rows] = (dlogits @ self.weight).to(self.hidden.dtype)
         if self.classes is not None:
