@@ -72,11 +72,12 @@ def _forward(hidden, weight, labels, rows, token_weight, first, last, z_loss, ne
 
 
 def _present(hidden: Tensor, dhidden: Tensor | None, dweight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A schema has no optional outputs: an absent gradient is an empty tensor."""
-    absent = hidden.new_empty(0)
+    """A schema has no optional outputs: an absent gradient is an empty tensor. The others are contiguous, as the fake
+    says, whatever the strides of hidden and weight.
+    """
     return (
-        absent if dhidden is None else dhidden,
-        absent.to(_stat_dtype(hidden)) if dweight is None else dweight,
+        hidden.new_empty(0) if dhidden is None else dhidden.contiguous(),
+        hidden.new_empty(0, dtype=_stat_dtype(hidden)) if dweight is None else dweight.contiguous(),
     )
 
 
