@@ -28,7 +28,7 @@ FPS, SECONDS, WINDOWS = 12, 1, 3
 SIZE = (96, 128)  # pixels; 12 x 16 codes, 208 tokens a frame
 CAPTIONS = {
     "bigbuckbunny": "a big rabbit in a meadow, animated",
-    "bikes": "people on bicycles in a street",
+    "bikes": "city traffic: a bus from above, a cyclist among cars",
     "carphone_pristine": "a man talks in a driving car",
 }
 
@@ -155,8 +155,8 @@ def _plot(path: Path, log: list[dict[str, Any]], clips: list[Clip], comparison: 
     frames.set(title="loss by latent frame", xlabel="step")
     frames.legend()
     for axes, key, scale, title in (
-        (step_time, "median_s", 1e3, "training step, ms"),
-        (memory, "extra_bytes", 1e-6, "peak extra memory, MB"),
+        (step_time, "median_s", 1e3, "training step,\nms"),
+        (memory, "extra_bytes", 1e-6, "peak extra\nmemory, MB"),
     ):
         bars = axes.bar(["official\nstyle", "ours"], [scale * comparison[who][key] for who in ("official", "ours")])
         axes.bar_label(bars, fmt="%.0f")
