@@ -5,6 +5,8 @@ An implementation that runs CPU tensors joins by being registered in dispatch; T
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -209,6 +211,29 @@ def test_extreme_values_and_scale(impl, dtype):
         leaves[1].mul_(3)
     assert_as_close_as_eager(impl, leaves, VIDEO, random_upstream(leaves, VIDEO))
     assert_as_close_as_eager(impl, problem(VIDEO, dtype=dtype), VIDEO, random_upstream(leaves, VIDEO), scale=0.37)
+
+
+grids = st.builds(Frame, st.sampled_from([4, 8]), st.sampled_from([4, 8]))
+segments = st.one_of(st.builds(Text, st.integers(0, 9)), grids)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), FINEST)
+@given(
+    st.lists(st.lists(segments, max_size=3), min_size=1, max_size=2),
+    st.sampled_from(HEADS),
+    st.sampled_from([32, 64, 96]),
+    st.permutations(range(3)),
+    st.integers(0, 60),
+)
+@settings(max_examples=12, deadline=None)
+def test_any_documents_heads_strides_and_suffixes(impl, dtype, documents, heads, head_dim, order, cached):
+    """The first `cached` tokens of the stream are keys alone, as in decoding."""
+    limits = limits_of(*documents)
+    limits = RowLimits.from_kv(limits.kv_start[cached:], limits.kv_end[cached:], limits.num_keys, check=True)
+    inverse = [order.index(axis) for axis in range(3)]
+    leaves = problem(limits, heads, head_dim, dtype)
+    leaves = [leaf.detach().permute(order).contiguous().permute(inverse).requires_grad_() for leaf in leaves]
+    assert_as_close_as_eager(impl, leaves, limits, random_upstream(leaves, limits, lse=True))
 
 
 @pytest.mark.parametrize("impl", EXACT)
