@@ -18,10 +18,11 @@ from torch import Tensor
 
 from bench.training_step import compare_training_step
 from lumos import mask_tokens
+from lumos.codec import DctCodec
 from lumos.data import SampleFolder, tokenize
 from lumos.tokens import ByteTokenizer, parse_document
 from lumos.train import TrainConfig, TrainSummary, read_log, train
-from lumos.video import DctCodec, read_video, sample_clips, to_float, to_uint8
+from lumos.video import read_video, sample_clips, to_float, to_uint8
 from lumos_kernels import dispatch
 
 FPS, SECONDS, WINDOWS = 12, 1, 3

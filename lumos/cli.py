@@ -60,9 +60,9 @@ def _tokenize(
     size: tuple[int, int] | None,
     tokenizer: str | None,
 ) -> None:
+    from lumos.codec import DctCodec
     from lumos.data import tokenize
     from lumos.tokens import load_tokenizer
-    from lumos.video import DctCodec
 
     if len(caption) not in (1, len(clips)):
         raise ValueError(

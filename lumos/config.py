@@ -7,11 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lumos_kernels.layout import MASK, FrameLayout
-
-VISUAL_START = 65536  # first id of the 64,000 Cosmos DV4x8x8 codes in the released checkpoints
-NUM_VISUAL_CODES = 64000
-VIDEO_END = MASK + 2  # the highest structural id: mask 9003, video start 9004, video end 9005
+from lumos.tokens import NUM_CODES, VIDEO_END, VISUAL_START
+from lumos_kernels.layout import FrameLayout
 
 # Official options that change the computation and that no released checkpoint uses: (key, value that means "off").
 _UNSUPPORTED = {
@@ -111,7 +108,7 @@ class LumosConfig:
         if name not in _PRESETS:
             raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {name!r}")
         return cls(
-            vocab_size=VISUAL_START + NUM_VISUAL_CODES,
+            vocab_size=VISUAL_START + NUM_CODES,
             max_position_embeddings=131072,  # 22 latent frames at 384x672 are 90,119 tokens
             **_PRESETS[name],
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from lumos.codec import VideoCodec
 from lumos.tokens import (
     IGNORED,
     NUM_CODES,
@@ -36,7 +37,7 @@ from lumos.tokens import (
     read_numbers,
     take_frames,
 )
-from lumos.video import ClipTooShortError, VideoCodec, read_image, read_video, to_float
+from lumos.video import ClipTooShortError, read_image, read_video, to_float
 
 __all__ = [
     "Batch",

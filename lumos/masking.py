@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumos.config import NUM_VISUAL_CODES, VISUAL_START
+from lumos.tokens import IGNORED, NUM_CODES, VISUAL_START
 from lumos_kernels.layout import MASK, FrameLayout
 
 MASK_KINDS = ("tube", "random", "DiffForcing", "tubeDecay")
 MASK_SCHEDULES = ("cosine", "linear", "sigmoid", "pow<exponent>")
-IGNORED = -100
 SMALLEST_RATIO = 1e-6
 SIGMOID_RANGE = (-3.0, 3.0)
 
@@ -84,7 +83,7 @@ def mask_tokens(
     schedule: str = "cosine",
     min_rate: float = 0.7,
     given_frames: int | Sequence[int] = 0,
-    classes: tuple[int, int] = (VISUAL_START, VISUAL_START + NUM_VISUAL_CODES),
+    classes: tuple[int, int] = (VISUAL_START, VISUAL_START + NUM_CODES),
 ) -> MaskedBatch:
     """Masks the content of every document of a batch (arXiv 2507.08801 section 3.3; upstream's mask types).
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lumos.codec import DctCodec
 from lumos.data import (
     OfficialDataset,
     Sample,
@@ -23,7 +24,7 @@ from lumos.data import (
     tokenize,
 )
 from lumos.tokens import NUM_CODES, ByteTokenizer, build_document, parse_document
-from lumos.video import ClipTooShortError, DctCodec, read_video, sample_clips, to_float, write_image
+from lumos.video import ClipTooShortError, read_video, sample_clips, to_float, write_image
 from lumos_kernels.layout import FrameLayout
 
 FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

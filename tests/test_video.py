@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lumos import video
+from lumos.codec import FSQ_LEVELS, DctCodec
 from lumos.tokens import NUM_CODES, latent_frames
 from lumos.video import (
     ClipTooShortError,
-    DctCodec,
     read_image,
     read_video,
     sample_clips,
@@ -323,10 +323,10 @@ def test_every_digit_counts():
     for place in range(6):
         digits = list(middle)
         digits[place] += 1
-        code = sum(d * math.prod(video.FSQ_LEVELS[:i]) for i, d in enumerate(digits))
+        code = sum(d * math.prod(FSQ_LEVELS[:i]) for i, d in enumerate(digits))
         codes = torch.full((2, 1, 1), code)
         assert torch.equal(DctCodec().encode(DctCodec().decode(codes)), codes)
-    assert math.prod(video.FSQ_LEVELS) == NUM_CODES
+    assert math.prod(FSQ_LEVELS) == NUM_CODES
 
 
 def test_grey_stays_grey_and_a_ramp_stays_a_ramp():
