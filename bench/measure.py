@@ -24,7 +24,7 @@ from bench.environment import available_memory
 from bench.registry import CEILING, DTYPE_NAMES, OURS, Case, Contestant, Inputs, OpBench, ops
 
 MIN_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample, the clock and Python's noise stay below 1 %
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
 MEMORY_SHARE = 0.8  # of the free memory that a contestant may ask for
 CACHE_BYTES = 256 * 2**20  # written between samples on a GPU: more than any last-level cache
 

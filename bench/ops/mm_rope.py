@@ -77,7 +77,7 @@ def _axis_channels(head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
 def official_tables(
     positions: Tensor, content: Tensor, theta: float, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D] in the activation dtype, by the official recipe (SEMANTICS of MM-RoPE in docs/promises.md).
+    """cos and sin [T, D] in the activation dtype, by the official recipe (arXiv 2507.08801, section 3.2).
 
     Four full tables (t, h, w and text), each a product with the frequencies, doubled, cosine, sine; the channels of
     each axis copied together; text and content blended; rounded. positions: int32 [3, T]; content: bool [T].
