@@ -182,11 +182,11 @@ def mm_rope_cases() -> Iterator[Case]:
     from lumos_kernels import checks
     from lumos_kernels.mm_rope import triton as implementation
 
-    def call(backward: bool, head_dim: int, dtype=torch.bfloat16, norms: bool = True, int64: bool = False) -> None:
-        tokens, q_heads, kv_heads = 48, 32, 8
+    def call(backward, head_dim, dtype=torch.bfloat16, sizes=(48, 32, 8), norms=True, int64=False) -> None:
+        tokens, q_heads, kv_heads = sizes
         qkv = torch.empty(tokens, q_heads + 2 * kv_heads, head_dim, dtype=dtype)
         q, k = qkv[:, :q_heads], qkv[:, q_heads : q_heads + kv_heads]
-        norm = tuple(torch.empty(2, head_dim, dtype=dtype) for _ in range(2)) if norms else None
+        norm = tuple(torch.empty(min(kv_heads, 2), head_dim, dtype=dtype) for _ in range(2)) if norms else None
         arguments = (q, k, torch.empty(3, tokens, dtype=torch.int32), norm, norm, torch.empty(head_dim // 2), 1e-5)
         with mock.patch.object(checks, "needs_int64_offsets", return_value=int64):
             if backward:
@@ -213,6 +213,7 @@ def mm_rope_cases() -> Iterator[Case]:
         "D=64 fp32": {"head_dim": 64, "dtype": torch.float32},
         "D=64 without norms": {"head_dim": 64, "norms": False},
         "D=64 int64": {"head_dim": 64, "int64": True},
+        "D=64, all sizes 1": {"head_dim": 64, "sizes": (1, 1, 1)},  # Triton makes such arguments constants
     }
     for name, variant in variants.items():
         run = functools.partial(call, False, **variant)

@@ -115,7 +115,7 @@ def _token_cos_sin(positions_ptr, inv_freq_ptr, token, token_mask, pair, pair_ma
     """
     t = tl.load(positions_ptr + token, mask=token_mask, other=0)[:, None]
     h = tl.load(positions_ptr + tokens + token, mask=token_mask, other=0)[:, None]
-    w = tl.load(positions_ptr + 2 * tokens + token, mask=token_mask, other=0)[:, None]
+    w = tl.load(positions_ptr + tokens + tokens + token, mask=token_mask, other=0)[:, None]
     slot = (1 << (pair % 16))[None, :]
     position = tl.where((slot & _ON_W) != 0, w, tl.where((slot & _ON_H) != 0, h, t))
     inv_freq = tl.load(inv_freq_ptr + pair, mask=pair_mask, other=0.0)[None, :]
@@ -399,15 +399,16 @@ def _groups(side: Side) -> int:
     return side.groups_per_row * (1 if side.weight is None else side.weight.shape[0])
 
 
-def _launch_options(table: dict[int, Config], x: Tensor, int64: bool) -> tuple[Config, dict]:
-    """The configuration, and the arguments that both kernels get by name."""
-    head_dim = x.shape[2]
-    padded = triton.next_power_of_2(head_dim // 2)
-    config = table[min(padded, max(table))]
-    config = config._replace(block_tokens=config.block_tokens * 2 // x.element_size())
-    return config, {
+def _config(table: dict[int, Config], x: Tensor) -> Config:
+    config = table[min(triton.next_power_of_2(x.shape[2] // 2), max(table))]
+    return config._replace(block_tokens=config.block_tokens * 2 // x.element_size())
+
+
+def _launch_options(config: Config, head_dim: int, int64: bool) -> dict:
+    """The arguments that both kernels get by name."""
+    return {
         "HALF": head_dim // 2,
-        "PADDED_HALF": padded,
+        "PADDED_HALF": triton.next_power_of_2(head_dim // 2),
         "BLOCK_T": config.block_tokens,
         "HEADS": config.heads,
         "INT64": int64,
@@ -420,10 +421,12 @@ def forward(
     q: Tensor, k: Tensor, positions: Tensor, q_norm: Norm, k_norm: Norm, inv_freq: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """See ops.py. One launch."""
-    tokens = q.shape[0]
+    tokens, head_dim = q.shape[0], q.shape[2]
     positions = positions.contiguous()
-    config, options = _launch_options(FORWARD, q, checks.needs_int64_offsets(q, k, positions))
+    config = _config(FORWARD, q)
     q_side, k_side = (_side(x, None, norm, config.heads) for x, norm in ((q, q_norm), (k, k_norm)))
+    int64 = checks.needs_int64_offsets(q, k, positions, q_side.out, k_side.out)
+    options = _launch_options(config, head_dim, int64)
     q_groups, groups = _groups(q_side), _groups(q_side) + _groups(k_side)
     grid = (triton.cdiv(tokens, config.block_tokens) * groups,)
     if grid[0]:
@@ -446,13 +449,14 @@ def backward(
     """See ops.py. One launch, and with a norm a second one that adds the partial sums of dweight and dbias."""
     tokens, head_dim = q.shape[0], q.shape[2]
     positions = positions.contiguous()
-    int64 = checks.needs_int64_offsets(grad_q, grad_k, q, k, positions)
-    config, options = _launch_options(BACKWARD, q, int64)
+    config = _config(BACKWARD, q)
     blocks = triton.cdiv(tokens, config.block_tokens)
     blocks_per_split = max(triton.cdiv(blocks, MAX_SPLITS), 1)
     splits = triton.cdiv(blocks, blocks_per_split)
     q_side = _side(q, grad_q, q_norm, config.heads, splits)
     k_side = _side(k, grad_k, k_norm, config.heads, splits)
+    int64 = checks.needs_int64_offsets(grad_q, grad_k, q, k, positions, q_side.out, k_side.out)
+    options = _launch_options(config, head_dim, int64)
     q_groups, groups = _groups(q_side), _groups(q_side) + _groups(k_side)
     q_sums, k_sums = (_sums(side) for side in (q_side, k_side))
     with checks.device_guard(q):

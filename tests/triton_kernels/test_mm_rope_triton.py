@@ -172,7 +172,7 @@ def test_strides(layout, device):
 
 
 def test_awkward_upstream_gradients(device):
-    arguments = Problem(torch.bfloat16, 64, 4, 3, 1).make(device)
+    arguments = Problem(torch.bfloat16, 64, 4, 4, 2, 2, 2).make(device)
     q_grads, k_grads = (awkward_gradients(arguments[name].shape, torch.bfloat16) for name in "qk")
     for (kind, grad_q), (_, grad_k) in zip(q_grads, k_grads, strict=True):
         grads = grad_q.to(device), grad_k.to(device)
@@ -264,6 +264,7 @@ def test_64_bit_offsets_give_the_same_bits(dtype, device):
     assert len(asked) == 2
     for tensors, seen in zip(([q, k], [q, k, *grads]), asked, strict=True):
         assert {id(x) for x in tensors} <= seen
+        assert len(seen) == len(tensors) + 3  # positions and both outputs
 
 
 def test_deterministic(device):
