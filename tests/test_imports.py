@@ -17,9 +17,8 @@ def run_fresh(tmp_path, script, path=PACKAGE.parent):
     file = tmp_path / "script.py"
     file.write_text(textwrap.dedent(script))
     env = {name: value for name, value in os.environ.items() if not name.startswith(("LUMOS_", "TRITON_", "PYTHON"))}
-    result = subprocess.run(
-        [sys.executable, file], cwd=tmp_path, env=env | {"PYTHONPATH": str(path)}, capture_output=True, text=True
-    )
+    env |= {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "3"}  # a number of threads that nobody would set by accident
+    result = subprocess.run([sys.executable, file], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -330,10 +330,12 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(impl, reduction, froz
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_no_gradient_flows_to_token_weight(impl):
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_gradient_flows_to_token_weight(impl, reduction):
     hidden, weight, labels = problem()
     token_weight = torch.ones(50, requires_grad=True)
-    tube_masked_loss(hidden, weight, labels, CLASSES, token_weight=token_weight, impl=impl).backward()
+    loss = tube_masked_loss(hidden, weight, labels, CLASSES, reduction, token_weight=token_weight, impl=impl)
+    loss.sum().backward()
     assert token_weight.grad is None
     assert hidden.grad.any()
 
