@@ -1,6 +1,6 @@
 // The CPU ops under torch's stable ABI: one library for every torch from TORCH_TARGET_VERSION on and every Python.
 //
-// Tensors become the plain structs of csrc/include/lumos here, and threads are handed out here; the kernels know neither.
+// Tensors become the plain structs of csrc/include/lumos here, and threads are handed out here; kernels know neither.
 // Callers (lumos_kernels/*/native.py) have validated shapes, dtypes and devices.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

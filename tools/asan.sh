@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the compiled library with AddressSanitizer and UndefinedBehaviorSanitizer, apart from the installed one, and runs
-# the tests of native code on it: tools/asan.sh [arguments of pytest]
+# Builds the compiled library with AddressSanitizer and UndefinedBehaviorSanitizer, apart from the installed one, and
+# runs the tests of native code on it: tools/asan.sh [arguments of pytest]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
