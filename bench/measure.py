@@ -143,17 +143,14 @@ def check(bench: OpBench, case: Case, contestants: list[Contestant], device: str
     wide = torch.float64 if case.dtype == torch.float32 else torch.float32
     exact = once(Contestant("reference", bench.reference), bench.build(case, device, wide))
     inputs = bench.build(case, device, case.dtype)
-    by_name = {contestant.name: contestant for contestant in contestants if contestant.role != CEILING}
+    checked = [contestant for contestant in contestants if contestant.role != CEILING]
+    errors = {c.name: relative_errors(once(c, prepared(c, inputs)), exact) for c in checked}
+    limits = error_limits(errors[bench.yardstick], case.dtype)
 
-    def errors(name: str) -> list[float]:
-        return relative_errors(once(by_name[name], prepared(by_name[name], inputs)), exact)
+    def share(pair: tuple[float, float]) -> float:
+        return math.inf if math.isnan(pair[0]) else pair[0] / pair[1]
 
-    limits = error_limits(errors(bench.yardstick), case.dtype)
-    worst = {}
-    for name in by_name:
-        pairs = list(zip(errors(name), limits, strict=True))
-        worst[name] = max(pairs, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
-    return worst
+    return {name: max(zip(own, limits, strict=True), key=share) for name, own in errors.items()}
 
 
 def interleave(

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from bench import formulas
 from bench.formulas import Work
 from bench.registry import CEILING, Case, Contestant, Inputs, OpBench, grid
-from bench.shapes import IMAGE_256P, M1B, M1B_QUARTER, M3B, SMOKE, TINY, VIDEO_256P, VIDEO_384P
+from bench.shapes import IMAGE_256P, M1B, M1B_QUARTER, M3B, PRESET_TINY, SMOKE, TINY, VIDEO_256P, VIDEO_384P
 from lumos_kernels import tube_masked_loss
 from lumos_kernels.testing import eager_loss
 from lumos_kernels.tube_loss.api import VISUAL_CLASSES
@@ -81,7 +81,11 @@ def chunked(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def torch_linear_cross_entropy(inputs: Inputs) -> tuple[Tensor, ...]:
-    """torch >= 2.13's chunked linear_cross_entropy on the target rows and the class slice."""
+    """torch >= 2.13's chunked linear_cross_entropy on the target rows and the class slice.
+
+    torch 2.13 sums its loss in bf16: of 1,434 rows it reports 8.0 for 11.09, with right gradients, whatever the
+    options, and so gets no figure in bf16.
+    """
     hidden, weight, targets = _selected(inputs)
     loss = F.linear_cross_entropy(hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions())
     return (loss.float(),)
@@ -142,8 +146,8 @@ BENCH = OpBench(
             [torch.bfloat16, torch.float32],
             options={"classes": SMOKE_CLASSES},
         ),
-        *grid("tube_masked_loss", [(M1B_QUARTER, IMAGE_256P)], [torch.bfloat16]),
-        *grid("tube_masked_loss", [(M1B_QUARTER, IMAGE_256P)], [torch.float32], slow=True),
+        *grid("tube_masked_loss", [(PRESET_TINY, IMAGE_256P)], [torch.bfloat16, torch.float32]),
+        *grid("tube_masked_loss", [(M1B_QUARTER, IMAGE_256P)], [torch.bfloat16], slow=True),
         *grid("tube_masked_loss", [(M1B, IMAGE_256P), (M1B, VIDEO_256P)], [torch.bfloat16], slow=True),
         *grid("tube_masked_loss", [(M1B, VIDEO_384P), (M3B, VIDEO_384P)], [torch.bfloat16], slow=True),
     ),
