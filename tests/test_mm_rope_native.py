@@ -249,7 +249,9 @@ def test_rounds_to_nearest_even_and_keeps_nan(isa, dtype):
     below = torch.nextafter(values, torch.tensor(-torch.inf))
     ties = (values[:-1] + values[1:]) / 2
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.99, 65520.0, 1e-8, -0.0])
-    bias = torch.cat([values, below, ties, special])
+    # Rounding up the bits of a NaN whose payload is all ones would make it -0 or 0.
+    payloads = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    bias = torch.cat([values, below, ties, special, payloads])
     bias = torch.nn.functional.pad(bias, (0, -len(bias) % 16)).view(-1, 16)
     rows = len(bias)
     norm = torch.zeros(2, rows, 32)
