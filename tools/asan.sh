@@ -22,4 +22,5 @@ cmake --install "$BUILD" >>"$BUILD.log"
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 cd "$STAGE"
-exec "$PYTHON" -m pytest -p no:cacheprovider "${@:-tests/test_mm_rope_native.py}"
+# Not captured: pytest would take a sanitizer's report with it when the process ends.
+exec "$PYTHON" -m pytest -p no:cacheprovider --capture=no "${@:-tests/test_mm_rope_native.py}"
