@@ -162,7 +162,7 @@ def _timed_frames(path: Path, start: float) -> Iterator[tuple[Fraction, Fraction
     if not path.is_file():
         raise FileNotFoundError(f"path: no such file: {path}")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"path: {path} has no video stream")
             stream = container.streams.video[0]

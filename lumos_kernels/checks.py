@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -79,16 +77,3 @@ def needs_int64_offsets(*tensors: Tensor) -> bool:
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU current while kernels launch: Triton and CUDA launch on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def without_autocast(kernel: Callable) -> Callable:
-    """Runs an op's kernel outside autocast, which would run the kernel's own matrix products in low precision."""
-
-    @functools.wraps(kernel)
-    def call(tensor: Tensor, *args):
-        if not torch.is_autocast_enabled(tensor.device.type):
-            return kernel(tensor, *args)
-        with torch.autocast(tensor.device.type, enabled=False):
-            return kernel(tensor, *args)
-
-    return call

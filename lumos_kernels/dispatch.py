@@ -187,5 +187,7 @@ def backends() -> None:
     """Prints, for every op and implementation, whether it runs here, what "auto" takes, and why others do not."""
     rows = [tuple(field.name for field in fields(Row)), *(astuple(row) for row in table())]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    if os.environ.get("LUMOS_IMPL"):
+        print(f"LUMOS_IMPL={os.environ['LUMOS_IMPL']} overrides what auto takes:")
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "lumos_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -21,8 +23,21 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
         name = schema.split("(", 1)[0]
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, kernel, key)
+            _LIBRARY.impl(name, _without_autocast(kernel), key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         return kernel
 
     return register
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    """Runs an op's kernel outside autocast, which would run the kernel's own matrix products in low precision."""
+
+    @functools.wraps(kernel)
+    def call(tensor: Tensor, *args):
+        if not torch.is_autocast_enabled(tensor.device.type):
+            return kernel(tensor, *args)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return kernel(tensor, *args)
+
+    return call

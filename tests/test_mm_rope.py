@@ -483,3 +483,10 @@ def test_bad_arguments_are_refused_by_name(case):
     mm_rope(**arguments, impl="reference")
     with pytest.raises(ValueError, match=rf"(^|: ){name} "):
         mm_rope(**(arguments | change))
+
+
+@pytest.mark.parametrize("options", [{"theta": 0.0}, {"theta": float("nan")}, {"eps": -1e-5}, {"eps": float("nan")}])
+def test_theta_and_eps_are_checked(options):
+    q, k, positions = torch.zeros(2, 2, 32), torch.zeros(2, 1, 32), torch.zeros(3, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="theta must be > 0 and eps >= 0"):
+        mm_rope(q, k, positions, **options)

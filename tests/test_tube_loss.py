@@ -492,3 +492,18 @@ def test_bad_arguments_are_refused_by_name(case):
     tube_masked_loss(**good(), impl="reference")
     with pytest.raises(ValueError, match=rf"(^|: ){name} "):
         tube_masked_loss(**(good() | change))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_ignored_rows_do_not_matter(reduction):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    labels = torch.tensor([12, -100, 19, 3, 10, -100])
+    results = []
+    for ignored in (1.0, torch.inf, torch.nan):
+        token_weight = torch.where((labels >= 10) & (labels < 20), 0.5, ignored)
+        loss = tube_masked_loss(hidden, weight, labels, (10, 20), reduction, z_loss=0.1, token_weight=token_weight)
+        results.append((loss, *torch.autograd.grad(loss.sum(), (hidden, weight))))
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert torch.equal(got, want)

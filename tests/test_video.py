@@ -361,3 +361,11 @@ def test_encode_names_what_is_wrong(clip, message):
 def test_decode_names_what_is_wrong(codes):
     with pytest.raises(ValueError, match=r"^codes must"):
         DctCodec().decode(codes)
+
+
+def test_undecodable_metadata_does_not_stop_a_clip(tmp_path):
+    content = bytearray(sample_clips()["carphone_distorted"].read_bytes())
+    at = content.index(b"isom")  # the major brand, which PyAV shows as metadata
+    content[at] = 0x80
+    (tmp_path / "clip.mp4").write_bytes(content)
+    assert read_video(tmp_path / "clip.mp4", 12, seconds=0.5, size=(32, 32)).shape == (6, 32, 32, 3)

@@ -34,7 +34,6 @@ def _fake_forward(q, k, v, kv_start, kv_end, q_start, q_end, scale, impl):
     f"frame_attention(Tensor q, Tensor k, Tensor v, {_LIMITS}, float scale, str impl) -> (Tensor, Tensor)",
     _fake_forward,
 )
-@checks.without_autocast
 def _forward(q, k, v, kv_start, kv_end, q_start, q_end, scale, impl):
     chosen = OP.choose(impl, Problem.of(q, q.shape[-1]))
     q, k, v = (checks.unit_last_stride(x) for x in (q, k, v))
@@ -51,7 +50,6 @@ def _fake_backward(grad_o, grad_lse, q, k, v, *rest):
     f"{_LIMITS}, float scale, bool deterministic, str impl) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
-@checks.without_autocast
 def _backward(grad_o, grad_lse, q, k, v, o, lse, kv_start, kv_end, q_start, q_end, scale, deterministic, impl):
     chosen = OP.choose(impl, Problem.of(q, q.shape[-1]))
     grad_o, q, k, v = (checks.unit_last_stride(x) for x in (grad_o, q, k, v))

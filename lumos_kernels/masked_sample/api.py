@@ -35,6 +35,7 @@ def masked_sample(
         guidance: classifier-free guidance scale; None or 1 uses the conditional branch alone.
         temperature: > 0, divides the guided logits before the draw and the confidence.
         generator: source of the call's seed, on any device; default: the default generator of hidden_cond's device.
+            Not under torch.compile, which cannot trace a generator: give row_keys there.
         greedy: take the most probable token instead of a draw.
         row_keys: int64 [N, 2], (seed, counter) of each row, instead of a generator: row i's draw then depends on
             its own key alone, whatever rows accompany it. Without it the key is (seed of the call, i).

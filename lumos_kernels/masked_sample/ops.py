@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from lumos_kernels import checks, dispatch
+from lumos_kernels import dispatch
 from lumos_kernels.dispatch import Problem, runs_anywhere
 from lumos_kernels.library_ops import define
 
@@ -27,7 +27,6 @@ def _fake(hidden_cond, *rest):
     "float guidance, float temperature, str impl) -> (Tensor, Tensor)",
     _fake,
 )
-@checks.without_autocast
 def _forward(hidden_cond, hidden_uncond, weight, row_keys, first, last, guidance, temperature, impl):
     chosen = OP.choose(impl, Problem.of(hidden_cond))
     classes = weight[first:last].to(hidden_cond.dtype)

@@ -48,6 +48,8 @@ def mm_rope(
     checks.shape("positions", positions, "3, T", T=tokens)
     checks.dtype("positions", positions, (torch.int32,))
     checks.same("positions", positions, "q", q, dtypes=False)
+    if not theta > 0 or not eps >= 0:
+        raise ValueError(f"theta must be > 0 and eps >= 0; got {theta} and {eps}")
     for name, norm, heads in (("q_norm", q_norm, q_heads), ("k_norm", k_norm, k.shape[1])):
         if norm is not None:
             _check_norm(name, norm, heads, head_dim, q)

@@ -35,7 +35,6 @@ def _fake_forward(q, k, positions, *norms_and_options):
 
 
 @define(f"mm_rope(Tensor q, Tensor k, Tensor positions, {_NORMS}) -> (Tensor, Tensor)", _fake_forward)
-@checks.without_autocast
 def _forward(q, k, positions, q_weight, q_bias, k_weight, k_bias, theta, eps, impl):
     chosen = OP.choose(impl, Problem.of(q, q.shape[-1]))
     inv_freq = inverse_frequencies(theta, q.shape[-1], q.device)
@@ -53,7 +52,6 @@ def _fake_backward(grad_q, grad_k, q, k, positions, q_weight, q_bias, k_weight, 
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
-@checks.without_autocast
 def _backward(grad_q, grad_k, q, k, positions, q_weight, q_bias, k_weight, k_bias, theta, eps, impl):
     chosen = OP.choose(impl, Problem.of(q, q.shape[-1]))
     inv_freq = inverse_frequencies(theta, q.shape[-1], q.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lumos_kernels import checks, dispatch
+from lumos_kernels import dispatch
 from lumos_kernels.dispatch import Problem, runs_anywhere
 from lumos_kernels.library_ops import define
 
@@ -52,7 +52,6 @@ def _fake_forward(hidden, weight, labels, rows, token_weight, first, last, z_los
     "int last, float z_loss, bool need_hidden, bool need_weight, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
 )
-@checks.without_autocast
 def _forward(hidden, weight, labels, rows, token_weight, first, last, z_loss, need_hidden, need_weight, impl):
     chosen = OP.choose(impl, Problem.of(hidden))
     rows = _target_rows(labels, rows, first, last)
@@ -91,7 +90,6 @@ def _fake_backward(dnll, dlse, hidden, weight, labels, rows, lse, first, last, n
     "Tensor? rows, Tensor lse, int first, int last, bool need_hidden, bool need_weight, str impl) -> (Tensor, Tensor)",
     _fake_backward,
 )
-@checks.without_autocast
 def _backward(grad_nll, grad_lse, hidden, weight, labels, rows, lse, first, last, need_hidden, need_weight, impl):
     chosen = OP.choose(impl, Problem.of(hidden))
     rows = _target_rows(labels, rows, first, last)
@@ -171,5 +169,6 @@ class RowStatistics(torch.autograd.Function):
 
 def row_losses(nll: Tensor, lse: Tensor, token_weight: Tensor | None, z_loss: float) -> Tensor:
     """Row losses [T] from the statistics, which are zero where a row is no target."""
-    loss = nll if token_weight is None else nll * token_weight
+    # nll is 0 where a row is no target, and whatever its weight is must not matter, even if it is infinite.
+    loss = nll if token_weight is None else torch.where(nll == 0, nll, nll * token_weight)
     return loss + z_loss * lse.square() if z_loss else loss
