@@ -1,5 +1,6 @@
 # make demo   from nothing: tokenise real clips, train a tiny model, compare with the official way, write demo/report.md
 # make test   from nothing: every test but those marked slow
+# also: test-all (slow ones too), sanitize (native code under ASan and UBSan), bench, lint, clean
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -7,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint .ci/constraints.txt
 SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/cpu/* csrc/include/lumos/*)
 
-.PHONY: setup demo test test-all bench lint clean
+.PHONY: setup demo test test-all bench sanitize lint clean
 
 setup: $(VENV)/ready
 
@@ -29,6 +30,9 @@ test-all: setup
 
 bench: setup
 	$(RUN) -m bench
+
+sanitize: setup
+	PYTHON=$(CURDIR)/$(RUN) tools/asan.sh
 
 lint: setup
 	$(RUN) -m ruff check .
