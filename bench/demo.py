@@ -46,12 +46,13 @@ class Clip:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the report (emptied first)")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the report")
     parser.add_argument("--steps", type=int, default=300, help="training steps")
     options = parser.parse_args()
     begin = time.perf_counter()
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
+    for made_before in ("tokens", "run"):
+        shutil.rmtree(options.out / made_before, ignore_errors=True)
+    options.out.mkdir(parents=True, exist_ok=True)
 
     print("Tokenising real clips ...")
     paths = sample_clips()

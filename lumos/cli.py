@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = options.pop("run")
     try:
         run(**options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"lumos: {error}", file=sys.stderr)
         return 2
     return 0
@@ -38,7 +38,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--fps", type=int, default=12, help="frames per second (default 12)")
     command.add_argument("--seconds", type=int, default=2, help="length of a sample (default 2)")
     command.add_argument("--windows", type=int, default=1, help="consecutive samples of a clip (default 1)")
-    command.add_argument("--size", type=_size, help="HEIGHTxWIDTH, multiples of 32 (default: what the clip allows)")
+    command.add_argument("--size", type=_size, help="HEIGHTxWIDTH, multiples of 32 (default: the clip's shape)")
+    command.add_argument(
+        "--max-pixels",
+        type=int,
+        default=256 * 448,
+        help="without --size: scale pictures down to so many pixels (default 114688, 256x448)",
+    )
     command.add_argument("--tokenizer", help="folder of a checkpoint with tokenizer.json (default: byte tokenizer)")
 
     command = commands.add_parser("train", help="train a model on folders of samples")
@@ -58,6 +64,7 @@ def _tokenize(
     seconds: int,
     windows: int,
     size: tuple[int, int] | None,
+    max_pixels: int,
     tokenizer: str | None,
 ) -> None:
     from lumos.codec import DctCodec
@@ -79,6 +86,7 @@ def _tokenize(
         size=size,
         tokenizer=load_tokenizer(tokenizer),
         windows=windows,
+        max_pixels=max_pixels,
     )
     print(summary)
 

@@ -201,6 +201,8 @@ class LumosConfig:
                 f"visual_start must lie above the structural ids (up to {VIDEO_END}) and below vocab_size "
                 f"{self.vocab_size}, got {self.visual_start}"
             )
+        if not isinstance(self.swin_norm, bool):
+            raise ValueError(f"swin_norm must be true or false, got {self.swin_norm!r}")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             _check_number(name, getattr(self, name), positive=True)
         for name in ("dropout", "z_loss_weight"):

@@ -124,7 +124,10 @@ class SampleWriter:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (_TOKENS, _INDEX):
+        sizes = {name: _size(self.folder / name) for name in (_TOKENS, _INDEX)}
+        if sizes[_TOKENS] and not sizes[_INDEX]:
+            raise ValueError(f"{self.folder} holds a {_TOKENS} without {_INDEX}: it would be overwritten")
+        for name in sizes:
             (self.folder / name).touch()
         entries, finished = _read_index(self.folder)
         self._end = entries[-1].offset + entries[-1].length if entries else 0
@@ -254,6 +257,10 @@ def _read_index(folder: Path) -> tuple[list[_Entry], int]:
         entries.append(entry)
         end, finished = entry.offset + entry.length, finished + len(line)
     return entries, finished
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def _flush(file: io.BufferedWriter) -> None:

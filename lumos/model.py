@@ -319,6 +319,8 @@ class Lumos(nn.Module):
             raise ValueError(
                 f"focal_gamma must be 0 or >= 1 (its gradient at p = 1 is infinite below), got {focal_gamma}"
             )
+        if torch.is_autocast_enabled(hidden_TC.device.type):  # the fp32 norm weight has promoted them
+            hidden_TC = hidden_TC.to(torch.get_autocast_dtype(hidden_TC.device.type))
         lo, hi = self.config.classes
         weight_T = None if decay_start is None else frame_decay(output.layout, decay_start)
         output.targets = (labels_T >= lo) & (labels_T < hi)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lumos.config import LumosConfig
 from lumos.data import SampleFolder, collate, drop_text
-from lumos.masking import MaskedBatch, mask_tokens
+from lumos.masking import MASK_KINDS, MaskedBatch, mask_ratio, mask_tokens
 from lumos.model import Lumos, LumosOutput
 from lumos_kernels import FrameLayout
 
@@ -52,6 +52,7 @@ class TrainConfig:
     device: str = _option("auto", "cpu, cuda, or auto")
     impl: str = _option("auto", "implementation of the ops")
     seed: int = _option(0, "seed of weights, data order, text drop and masks")
+    overwrite: bool = _option(False, "replace the log and the checkpoint of an earlier run in `out`")
     checkpoint_layers: bool = _option(False, "recompute each layer in backward instead of keeping its activations")
 
     def __post_init__(self) -> None:
@@ -66,6 +67,15 @@ class TrainConfig:
                 f"lr and clip must be > 0, weight_decay and warmup >= 0, got {self.lr}, {self.clip}, "
                 f"{self.weight_decay}, {self.warmup}"
             )
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.mask_kind not in MASK_KINDS:
+            raise ValueError(f"mask_kind must be one of {', '.join(MASK_KINDS)}, got {self.mask_kind!r}")
+        mask_ratio(self.mask_schedule, torch.zeros(1))
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but torch sees no CUDA device")
         if self.dtype not in (*DTYPES, "auto"):
             raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}, got {self.dtype!r}")
 
@@ -200,7 +210,8 @@ def make_optimizer(model: Lumos, lr: float, weight_decay: float) -> torch.optim.
 def train(config: TrainConfig, progress: bool = True) -> TrainSummary:
     """Trains a model on tokenised samples; writes out/log.jsonl (one line a step) and out/checkpoint (official layout).
 
-    Raises ValueError or FileNotFoundError naming what is wrong with an option or a folder, before the first step.
+    Raises ValueError or FileNotFoundError naming what is wrong with an option or a folder, and FloatingPointError where
+    the loss stops being finite. An earlier run in the same folder is refused unless config.overwrite is set.
     """
     if not config.data:
         raise ValueError("data is empty: name at least one folder made by `lumos tokenize`")
@@ -216,6 +227,9 @@ def train(config: TrainConfig, progress: bool = True) -> TrainSummary:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(config.warmup, 1)))
 
     out = Path(config.out)
+    earlier = [name for name in ("log.jsonl", "checkpoint") if (out / name).exists()]
+    if earlier and not config.overwrite:
+        raise ValueError(f"out: {out} holds the {' and '.join(earlier)} of an earlier run; choose another or overwrite")
     out.mkdir(parents=True, exist_ok=True)
     (out / "train.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     losses, begin = [], time.perf_counter()
@@ -226,10 +240,11 @@ def train(config: TrainConfig, progress: bool = True) -> TrainSummary:
             lr = optimizer.param_groups[0]["lr"]
             stats = training_step(model, optimizer, step, config.clip, dtype)
             schedule.step()
-            line = _log_line(number, stats, step, lr, time.perf_counter() - start, device)
+            loss = float(stats.loss)  # waits for the device, so that the time is the step's
+            line = _log_line(number, loss, stats, step, lr, time.perf_counter() - start, device)
             log.write(json.dumps(line) + "\n")
             log.flush()
-            losses.append(line["loss"])
+            losses.append(loss)
             bar.update()
             bar.set_postfix_str(
                 f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s, {line['peak_memory_gb']:.2f} GB"
@@ -252,17 +267,20 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak memory in 10^9 bytes: allocated on a GPU, resident in the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _log_line(
-    number: int, stats: StepStats, step: list[MicroBatch], lr: float, seconds: float, device: torch.device
+    number: int, loss: float, stats: StepStats, step: list[MicroBatch], lr: float, seconds: float, device: torch.device
 ) -> dict[str, Any]:
     tokens = sum(batch.num_tokens for batch in step)
     frame_losses = [None if math.isnan(x) else round(x, 5) for x in stats.frame_losses.tolist()]
     return {
         "step": number,
-        "loss": round(float(stats.loss), 6),
+        "loss": round(loss, 6),
         "frame_losses": frame_losses,
         "grad_norm": round(float(stats.grad_norm), 5),
         "lr": lr,
@@ -280,8 +298,7 @@ def _make_model(config: TrainConfig) -> Lumos:
     else:
         model = Lumos.from_pretrained(config.init, dtype=torch.float32)
     model.impl = config.impl
-    for layer in model.model.layers:
-        layer.checkpointed = config.checkpoint_layers
+    model.checkpoint_layers(int(config.checkpoint_layers))
     return model
 
 

@@ -162,8 +162,8 @@ class FrameLayout:
             runs = [_skeleton(number, segment) for segment in segments]
             pieces += runs
             lengths.append(sum(len(run) for run in runs))
-        ids = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
-        return _read_layout(ids, torch.tensor(lengths).cumsum(0).to(torch.int32))
+        ids = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device="cpu")
+        return _read_layout(ids, torch.tensor(lengths, device="cpu").cumsum(0).to(torch.int32))
 
     @property
     def num_tokens(self) -> int:
@@ -251,7 +251,7 @@ def _skeleton(document: int, segment: Text | Frame) -> Tensor:
     if isinstance(segment, Text):
         if segment.length < 0:
             raise ValueError(f"documents[{document}]: Text length must be >= 0, got {segment.length}")
-        return torch.zeros(segment.length, dtype=torch.int64)
+        return torch.zeros(segment.length, dtype=torch.int64, device="cpu")
     if not isinstance(segment, Frame):
         raise ValueError(f"documents[{document}]: segments are Text or Frame, got {type(segment).__name__}")
     return frame_skeleton(segment.rows, segment.cols)
@@ -263,10 +263,10 @@ def frame_skeleton(rows: int, cols: int) -> Tensor:
     for name, value in (("rows", rows), ("cols", cols)):
         if value <= 0 or value % GRID_UNIT or value >= limit:
             raise ValueError(f"frame {name} must be a positive multiple of {GRID_UNIT} below {limit}, got {value}")
-    codes = torch.full((rows, cols + 1), MASK, dtype=torch.int64)
+    codes = torch.full((rows, cols + 1), MASK, dtype=torch.int64, device="cpu")
     codes[:, cols] = NEW_LINE
-    header = torch.tensor([FRAME_START, NUMBER_BASE + rows // GRID_UNIT, NUMBER_BASE + cols // GRID_UNIT])
-    return torch.cat([header, codes.reshape(-1), torch.tensor([FRAME_END])])
+    header = torch.tensor([FRAME_START, NUMBER_BASE + rows // GRID_UNIT, NUMBER_BASE + cols // GRID_UNIT], device="cpu")
+    return torch.cat([header, codes.reshape(-1), torch.tensor([FRAME_END], device="cpu")])
 
 
 def check_documents(ids: Tensor, cu_seqlens: Tensor) -> None:

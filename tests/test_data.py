@@ -382,3 +382,10 @@ def test_plain_pickles_agree_with_the_standard_loader(tmp_path):
 
     for protocol in (2, 3, 4, 5):
         assert _PlainUnpickler(io.BytesIO(pickle.dumps(content, protocol))).load() == content
+
+
+def test_tokens_without_an_index_are_not_overwritten(tmp_path):
+    (tmp_path / "tokens.bin").write_bytes(b"somebody else's")
+    with pytest.raises(ValueError, match=r"without index\.jsonl"):
+        SampleWriter(tmp_path)
+    assert (tmp_path / "tokens.bin").read_bytes() == b"somebody else's"

@@ -423,3 +423,9 @@ def test_frame_skeleton_is_the_published_size():
     assert len(frame_skeleton(48, 84)) == Frame(48, 84).length == 4084
     lines = [*[MASK] * 4, LINE] * 4
     assert frame_skeleton(4, 4).tolist() == [START, NUMBER + 1, NUMBER + 1, *lines, END]
+
+
+def test_from_segments_is_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        layout = FrameLayout.from_segments([[Text(3), Frame(4, 4)], []])
+    assert layout.positions.device.type == layout.limits.q_end.device.type == "cpu"

@@ -12,6 +12,7 @@ from lumos.data import SampleFolder, SampleWriter
 from lumos.tokens import VIDEO_START, ByteTokenizer, build_document
 from lumos.train import Batches, TrainConfig, make_optimizer, read_log, train, training_step
 from lumos.video import sample_clips
+from lumos_kernels import tube_masked_loss
 
 VISUAL_START = 65536
 CODES = 40
@@ -170,12 +171,40 @@ def test_weight_decay_spares_norms_and_biases():
         ({"dtype": "float8"}, "dtype"),
         ({"preset": "7B"}, "preset"),
         ({"data": ()}, "data"),
-        ({"mask_kind": "stripes"}, "kind"),
+        ({"mask_kind": "stripes"}, "mask_kind"),
+        ({"mask_schedule": "wave"}, "schedule"),
+        ({"device": "tpu"}, "device"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_bad_options_are_named(folder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train(TrainConfig(**{"data": (str(folder),), "out": str(tmp_path / "run"), **options}), progress=False)
+
+
+def test_an_earlier_run_is_kept_unless_told_otherwise(folder, tmp_path, tiny_preset):
+    options = {"data": (str(folder),), "out": str(tmp_path / "run"), "steps": 1}
+    log = train(TrainConfig(**options), progress=False).log
+    before = log.read_bytes()
+    with pytest.raises(ValueError, match="earlier run"):
+        train(TrainConfig(**options, seed=1), progress=False)
+    assert log.read_bytes() == before
+    train(TrainConfig(**options, seed=1, overwrite=True), progress=False)
+    assert log.read_bytes() != before
+
+
+def test_autocast_reaches_the_loss(folder, monkeypatch):
+    seen = []
+
+    def spy(hidden, *args, **kwargs):
+        seen.append(hidden.dtype)
+        return tube_masked_loss(hidden, *args, **kwargs)
+
+    monkeypatch.setattr("lumos.model.tube_masked_loss", spy)
+    model = Lumos(small_config())
+    for dtype in (torch.float32, torch.bfloat16):
+        training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), batches_of(folder).step(0), 1.0, dtype)
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_command_line_tokenizes_and_trains_on_a_real_clip(tmp_path, tiny_preset, capsys, monkeypatch):
@@ -198,6 +227,7 @@ def test_command_line_tokenizes_and_trains_on_a_real_clip(tmp_path, tiny_preset,
         (["tokenize", "a.mp4", "b.mp4", "c.mp4", "--caption", "x", "--caption", "y", "--out", "OUT"], "--caption"),
         (["train", "--data", "nowhere", "--out", "OUT"], "nowhere"),
         (["train", "--data", "nowhere", "--lr", "-1", "--out", "OUT"], "lr"),
+        (["train", "--data", "nowhere", "--device", "tpu", "--out", "OUT"], "device"),
     ],
 )
 def test_command_line_errors_are_one_line_and_exit_2(tmp_path, capsys, arguments, message):

@@ -150,7 +150,7 @@ BENCH = OpBench(
         Contestant("copy", copy, CEILING, prepare=_with_copies, work=_copy_work),
         Contestant("clone", clone, CEILING, prepare=_with_copies, work=_copy_work),
     ),
-    yardstick="official style",
+    yardstick="eager",
     work=work,
     cases=(
         *grid("mm_rope", [(TINY, SMOKE)], [torch.bfloat16, torch.float32]),
