@@ -2,10 +2,12 @@
 # make test   from nothing: every test but those marked slow
 # also: test-all (slow ones too), sanitize (native code under ASan and UBSan), bench, lint, clean
 PYTHON ?= python3
+# What to give pip for torch, e.g. TORCH="torch triton --index-url ..." for a CPU build from torch's own index.
+TORCH ?= torch triton
 VENV := .venv
 RUN := $(VENV)/bin/python
 # Byte-compiling the whole of torch would take longer than downloading it.
-PIP := $(VENV)/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint .ci/constraints.txt
+PIP := $(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint .ci/constraints.txt
 SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/cpu/* csrc/include/lumos/*)
 
 .PHONY: setup demo test test-all bench sanitize lint clean
@@ -13,8 +15,9 @@ SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/cpu/* csrc/include
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml .ci/constraints.txt $(SOURCES)
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch triton
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) $(TORCH)
 	$(PIP) setuptools pybind11 ninja
 	$(PIP) --no-build-isolation --editable '.[test,demo,dev]'
 	touch $@

@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 
 OPS_FILE = Path(__file__).with_name("_ops.so")
+BUILD_NOTE = Path(__file__).with_name("build_note.txt")  # written by setup.py where it builds the Python part alone
 
 
 @functools.cache
 def refusal() -> str | None:
     """Loads the library once. None when its ops are ready, else one line saying why they are not."""
     if not OPS_FILE.exists():
-        return "the compiled library is not installed (build it with `pip install --no-build-isolation .`)"
+        why = BUILD_NOTE.read_text(encoding="utf-8").strip() if BUILD_NOTE.exists() else "it was not built"
+        return f"the compiled library is not installed: {why}"
     try:
         from lumos_kernels import _host  # noqa: F401
     except ImportError as error:
