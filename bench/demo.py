@@ -127,8 +127,8 @@ def _report(
         f"| loss | {official['loss']:.6f} | {ours['loss']:.6f} | |",
         f"| time, ms | {1e3 * official['median_s']:.0f} | {1e3 * ours['median_s']:.0f} "
         f"| {comparison['speedup']:.2f} x |",
-        f"| peak extra memory, MB | {official['extra_bytes'] / 1e6:.0f} | {ours['extra_bytes'] / 1e6:.0f} "
-        f"| {comparison['memory_ratio']:.2f} x |",
+        f"| peak extra memory, MB | {_megabytes(official)} | {_megabytes(ours)} "
+        f"| {comparison['memory_ratio'] or float('nan'):.2f} x |",
         "",
         "Official style: dense L x L mask, rotation tables rebuilt in every layer, full-vocabulary fp32 logits. "
         f"Our implementations here: {', '.join(f'{r.op} {r.impl}' for r in dispatch.table() if r.status == 'auto')}.",
@@ -137,6 +137,10 @@ def _report(
         "",
     ]
     return "\n".join(lines)
+
+
+def _megabytes(side: dict[str, Any]) -> str:
+    return "unknown" if side["extra_bytes"] is None else f"{side['extra_bytes'] / 1e6:.0f}"
 
 
 def _plot(path: Path, log: list[dict[str, Any]], clips: list[Clip], comparison: dict[str, Any]) -> None:
@@ -160,7 +164,9 @@ def _plot(path: Path, log: list[dict[str, Any]], clips: list[Clip], comparison: 
         (step_time, "median_s", 1e3, "training step,\nms"),
         (memory, "extra_bytes", 1e-6, "peak extra\nmemory, MB"),
     ):
-        bars = axes.bar(["official\nstyle", "ours"], [scale * comparison[who][key] for who in ("official", "ours")])
+        bars = axes.bar(
+            ["official\nstyle", "ours"], [scale * (comparison[who][key] or 0) for who in ("official", "ours")]
+        )
         axes.bar_label(bars, fmt="%.0f")
         axes.set_title(title)
 

@@ -148,15 +148,20 @@ def _download(repository: str, subfolder: str | None, revision: str | None) -> P
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+
+    def fetch(*names: str) -> Path:
+        patterns = [prefix + name for name in names]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
     try:
-        for weights in ("*.safetensors", "*.bin"):
-            patterns = [f"{prefix}{pattern}" for pattern in ("*.json", weights)]
-            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-            if any((folder / prefix).glob(weights)):
+        root = fetch(CONFIG_NAME, "tokenizer.json", *(index for _, index in WEIGHT_NAMES))
+        for single, index in WEIGHT_NAMES:  # named one by one: a pattern would match the other sizes' subfolders too
+            shards = _shard_names(root / prefix / index) if (root / prefix / index).is_file() else [single]
+            if all((fetch(*shards) / prefix / shard).is_file() for shard in shards):
                 break
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"{repository} is no local folder and could not be downloaded: {error}") from error
-    return folder
+    return root
 
 
 def _existing(file: Path) -> Path:

@@ -1,6 +1,8 @@
 import dataclasses
+import fnmatch
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -222,19 +224,31 @@ def test_a_missing_path_is_no_hub_id(tmp_path):
 def test_hub_ids_are_downloaded(folder, model, tmp_path, monkeypatch):
     import huggingface_hub
 
-    calls = []
+    hub, calls = tmp_path / "hub", []
 
     def snapshot_download(repository, revision=None, allow_patterns=None):
-        calls.append((repository, revision, allow_patterns))
-        return str(tmp_path)
+        """Copies the matching files, as the hub matches them: "*" crosses folders, a plain name does not."""
+        calls.append((repository, revision))
+        for file in (file for file in tmp_path.rglob("*") if file.is_file() and hub not in file.parents):
+            name = str(file.relative_to(tmp_path))
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_patterns):
+                (hub / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, hub / name)
+        return str(hub)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    loaded = Lumos.from_pretrained("Alibaba-DAMO-Academy/Lumos-1", subfolder="saved", revision="v1")
-    assert_same(loaded, model)
-    assert calls == [("Alibaba-DAMO-Academy/Lumos-1", "v1", ["saved/*.json", "saved/*.safetensors"])]
-    as_bin(folder, sharded=False)
-    assert_same(Lumos.from_pretrained("Alibaba-DAMO-Academy/Lumos-1", subfolder="saved"), model)
-    assert calls[-1][2] == ["saved/*.json", "saved/*.bin"]
+    shutil.copytree(folder, tmp_path / "other")
+    forms = [
+        lambda: None,
+        lambda: model.save_pretrained(folder, "1MB"),
+        lambda: (model.save_pretrained(folder), as_bin(folder, sharded=True)),
+    ]
+    for form in forms:
+        form()
+        shutil.rmtree(hub, ignore_errors=True)
+        assert_same(Lumos.from_pretrained("owner/Lumos-1", subfolder="saved", revision="v1"), model)
+        assert set(calls) == {("owner/Lumos-1", "v1")}
+        assert {path.name for path in hub.iterdir()} == {"saved"}, "other subfolders stay where they are"
 
 
 def test_a_failing_download_is_explained(monkeypatch):
