@@ -14,6 +14,7 @@
 
 #include "lumos/isa.h"
 #include "lumos/mm_rope.h"
+#include "lumos/tube_loss.h"
 
 namespace lumos {
 namespace {
@@ -159,6 +160,156 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mm_rope_backward(
   return {dq, dk, dq_weight, dq_bias, dk_weight, dk_bias};
 }
 
+// ---- tube_masked_loss ----
+
+const TubeLossKernels& tube_loss_kernels(int64_t isa) {
+  switch (static_cast<Isa>(isa)) {
+    case Isa::avx512:
+      return kTubeLossAvx512;
+    case Isa::avx2:
+      return kTubeLossAvx2;
+    case Isa::base:
+      return kTubeLossBase;
+  }
+  STD_TORCH_CHECK(false, "no instruction set ", isa);
+}
+
+/// logits fp32 [R, classes] contiguous; targets int64 [R]; kept [R, K], bf16 or fp32 with a unit last stride.
+TubeLossBlock tube_loss_block(const Tensor& logits, const Tensor& targets, int64_t first,
+                              const std::optional<Tensor>& kept) {
+  TubeLossBlock block{};
+  block.classes = logits.size(1);
+  block.first = first;
+  block.logits = logits.const_data_ptr<float>();
+  block.targets = targets.const_data_ptr<int64_t>();
+  if (kept) {
+    block.dtype = dtype_of(*kept);
+    block.kept = kept->mutable_data_ptr();
+    block.kept_stride = kept->stride(0);
+  }
+  return block;
+}
+
+/// maximum and sum fp32 [R, blocks], target_logit fp32 [R], beaten bool [R]: contiguous.
+TubeLossStats tube_loss_stats(const Tensor& maximum, const Tensor& sum, const Tensor& target_logit,
+                              const Tensor& beaten) {
+  return {maximum.mutable_data_ptr<float>(), sum.mutable_data_ptr<float>(), target_logit.mutable_data_ptr<float>(),
+          beaten.mutable_data_ptr<bool>()};
+}
+
+void tube_loss_reduce(Tensor logits, Tensor targets, int64_t first, int64_t block_index, Tensor maximum, Tensor sum,
+                      Tensor target_logit, Tensor beaten, std::optional<Tensor> kept, int64_t isa) {
+  TubeLossBlock block = tube_loss_block(logits, targets, first, kept);
+  block.block = block_index;
+  block.blocks = maximum.size(1);
+  const TubeLossStats stats = tube_loss_stats(maximum, sum, target_logit, beaten);
+  torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+    tube_loss_kernels(isa).reduce(block, stats, begin, end);
+  });
+}
+
+/// Of `classes` classes in blocks of block_classes. row_weight fp32 [R]; returns nll, lse and correct, [R].
+std::tuple<Tensor, Tensor, Tensor> tube_loss_finish(Tensor targets, std::optional<Tensor> row_weight, double z_loss,
+                                                    int64_t classes, int64_t block_classes, Tensor maximum, Tensor sum,
+                                                    Tensor target_logit, Tensor beaten, std::optional<Tensor> kept,
+                                                    int64_t isa) {
+  const int64_t rows = targets.size(0);
+  Tensor nll = empty_on_cpu({rows}, ScalarType::Float);
+  Tensor lse = empty_on_cpu({rows}, ScalarType::Float);
+  Tensor correct = empty_on_cpu({rows}, ScalarType::Bool);
+  TubeLossFinish job{};
+  job.classes = classes;
+  job.block_classes = block_classes;
+  job.blocks = maximum.size(1);
+  job.targets = targets.const_data_ptr<int64_t>();
+  job.row_weight = row_weight ? row_weight->const_data_ptr<float>() : nullptr;
+  job.z_loss = static_cast<float>(z_loss);
+  if (kept) {
+    job.dtype = dtype_of(*kept);
+    job.kept = kept->mutable_data_ptr();
+    job.kept_stride = kept->stride(0);
+  }
+  job.nll = nll.mutable_data_ptr<float>();
+  job.lse = lse.mutable_data_ptr<float>();
+  job.correct = correct.mutable_data_ptr<bool>();
+  const TubeLossStats stats = tube_loss_stats(maximum, sum, target_logit, beaten);
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    tube_loss_kernels(isa).finish(job, stats, begin, end);
+  });
+  return {nll, lse, correct};
+}
+
+/// lse, dnll and dlse fp32 [R], contiguous.
+void tube_loss_gradient(Tensor logits, Tensor targets, int64_t first, Tensor lse, Tensor dnll, Tensor dlse, Tensor kept,
+                        int64_t isa) {
+  const TubeLossBlock block = tube_loss_block(logits, targets, first, kept);
+  const TubeLossGradient upstream{lse.const_data_ptr<float>(), dnll.const_data_ptr<float>(),
+                                  dlse.const_data_ptr<float>()};
+  torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+    tube_loss_kernels(isa).gradient(block, upstream, begin, end);
+  });
+}
+
+/// Null where the instruction set or this CPU has no bf16 products.
+const TubeLossDots* tube_loss_dots(int64_t isa) {
+  const bool able = static_cast<Isa>(isa) == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return able ? &kTubeLossDotsAvx512 : nullptr;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// bf16 with a unit last stride.
+TubeLossMatrix tube_loss_matrix(const Tensor& x) {
+  return {static_cast<const BFloat16*>(x.const_data_ptr()), x.size(0), x.size(1), x.stride(0)};
+}
+
+/// x [R, C] as the left factor of the logits; empty where the matmuls are torch's.
+Tensor tube_loss_pack_rows(Tensor x, int64_t isa) {
+  const TubeLossDots* dots = tube_loss_dots(isa);
+  const TubeLossMatrix from = tube_loss_matrix(x);
+  const int64_t tiles = ceil_div(from.rows, kTubeLossTileRows), pairs = ceil_div(from.columns, 2);
+  Tensor packed = empty_on_cpu({dots ? tiles * pairs * kTubeLossTileRows : 0}, ScalarType::Int);
+  if (!dots) return packed;
+  uint32_t* to = reinterpret_cast<uint32_t*>(packed.mutable_data_ptr<int32_t>());
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    for (int64_t tile = first; tile < last; ++tile) dots->pack_tile(from, tile, to);
+  });
+  return packed;
+}
+
+/// out fp32 [R, classes] = x weight^T; weight bf16 with a unit last stride, packed from tube_loss_pack_rows(x).
+void tube_loss_logits(Tensor packed, Tensor weight, Tensor out, int64_t isa) {
+  const TubeLossDots* dots = tube_loss_dots(isa);
+  STD_TORCH_CHECK(dots, "no bf16 products on this CPU");
+  const TubeLossMatrix classes = tube_loss_matrix(weight);
+  const uint32_t* left = reinterpret_cast<const uint32_t*>(packed.const_data_ptr<int32_t>());
+  float* to = out.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, ceil_div(classes.rows, kTubeLossPanel), 1, [&](int64_t first, int64_t last) {
+    dots->logits(left, out.size(0), classes, to, first, last);
+  });
+}
+
+/// dweight fp32 [K, C] += dlogits^T x; dlogits [R, K] and x [R, C] bf16 with unit last strides.
+void tube_loss_add_outer(Tensor dlogits, Tensor x, Tensor dweight, int64_t isa) {
+  const TubeLossDots* dots = tube_loss_dots(isa);
+  STD_TORCH_CHECK(dots, "no bf16 products on this CPU");
+  const TubeLossMatrix left = tube_loss_matrix(dlogits), from = tube_loss_matrix(x);
+  const int64_t panels = ceil_div(from.columns, kTubeLossPanel), pairs = ceil_div(from.rows, 2);
+  Tensor packed = empty_on_cpu({panels * pairs * kTubeLossPanel}, ScalarType::Int);
+  uint32_t* right = reinterpret_cast<uint32_t*>(packed.mutable_data_ptr<int32_t>());
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) dots->pack_columns(from, panel, right);
+  });
+  float* sums = dweight.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, ceil_div(left.columns, kTubeLossGroup), 1, [&](int64_t first, int64_t last) {
+    const Scratch scratch(kTubeLossGroup * pairs);
+    uint32_t* tiles = reinterpret_cast<uint32_t*>(scratch.data.get());
+    for (int64_t group = first; group < last; ++group) {
+      dots->add_outer(left, right, from.columns, sums, group, tiles);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace lumos
 
@@ -171,9 +322,28 @@ STABLE_TORCH_LIBRARY(lumos_native, m) {
       "mm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor positions, Tensor? q_weight, "
       "Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor inv_freq, float eps, int isa) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "tube_loss_reduce(Tensor logits, Tensor targets, int first, int block, Tensor(a!) maximum, Tensor(b!) sum, "
+      "Tensor(c!) target_logit, Tensor(d!) beaten, Tensor(e!)? kept, int isa) -> ()");
+  m.def(
+      "tube_loss_finish(Tensor targets, Tensor? row_weight, float z_loss, int classes, int block_classes, "
+      "Tensor maximum, Tensor sum, Tensor target_logit, Tensor beaten, Tensor(a!)? kept, int isa) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "tube_loss_gradient(Tensor logits, Tensor targets, int first, Tensor lse, Tensor dnll, Tensor dlse, "
+      "Tensor(a!) kept, int isa) -> ()");
+  m.def("tube_loss_pack_rows(Tensor x, int isa) -> Tensor");
+  m.def("tube_loss_logits(Tensor packed, Tensor weight, Tensor(a!) out, int isa) -> ()");
+  m.def("tube_loss_add_outer(Tensor dlogits, Tensor x, Tensor(a!) dweight, int isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lumos_native, CPU, m) {
   m.impl("mm_rope_forward", TORCH_BOX(&lumos::mm_rope_forward));
   m.impl("mm_rope_backward", TORCH_BOX(&lumos::mm_rope_backward));
+  m.impl("tube_loss_reduce", TORCH_BOX(&lumos::tube_loss_reduce));
+  m.impl("tube_loss_finish", TORCH_BOX(&lumos::tube_loss_finish));
+  m.impl("tube_loss_gradient", TORCH_BOX(&lumos::tube_loss_gradient));
+  m.impl("tube_loss_pack_rows", TORCH_BOX(&lumos::tube_loss_pack_rows));
+  m.impl("tube_loss_logits", TORCH_BOX(&lumos::tube_loss_logits));
+  m.impl("tube_loss_add_outer", TORCH_BOX(&lumos::tube_loss_add_outer));
 }

@@ -19,7 +19,9 @@ from lumos_kernels import dispatch
 from lumos_kernels.dispatch import Problem, runs_anywhere
 from lumos_kernels.library_ops import define
 
-OP = dispatch.register("tube_masked_loss", "lumos_kernels.tube_loss", {"reference": runs_anywhere})
+OP = dispatch.register(
+    "tube_masked_loss", "lumos_kernels.tube_loss", {"native": dispatch.runs_native, "reference": runs_anywhere}
+)
 
 
 def _stat_dtype(hidden: Tensor) -> torch.dtype:
