@@ -7,11 +7,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
 #include <tuple>
+#include <vector>
 
+#include "lumos/frame_attention.h"
 #include "lumos/isa.h"
 #include "lumos/mm_rope.h"
 #include "lumos/tube_loss.h"
@@ -158,6 +161,126 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mm_rope_backward(
   auto [dq_weight, dq_bias] = add_partials(q_partials);
   auto [dk_weight, dk_bias] = add_partials(k_partials);
   return {dq, dk, dq_weight, dq_bias, dk_weight, dk_bias};
+}
+
+// ---- frame_attention ----
+
+const FrameAttentionKernels& frame_attention_kernels(int64_t isa, Dtype dtype) {
+  switch (static_cast<Isa>(isa)) {
+    case Isa::avx512:
+      return dtype == Dtype::bf16 && __builtin_cpu_supports("avx512bf16") ? kFrameAttentionAvx512Bf16
+                                                                          : kFrameAttentionAvx512;
+    case Isa::avx2:
+      return kFrameAttentionAvx2;
+    case Isa::base:
+      return kFrameAttentionBase;
+  }
+  STD_TORCH_CHECK(false, "no instruction set ", isa);
+}
+
+/// Calls body(item, scratch) for the items 0 .. count - 1: they start in order, and whoever is free takes the next.
+template <class Body>
+void each_item(int64_t count, int64_t scratch_floats, const Body& body) {
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  // Before the threads start: one that gives up would leave another waiting for its item.
+  const int64_t floats = (scratch_floats + 15) / 16 * 16;
+  const Scratch scratch(workers * floats);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t worker = first; worker < last; ++worker) {
+      for (int64_t item = next++; item < count; item = next++) body(item, scratch.data.get() + worker * floats);
+    }
+  });
+}
+
+FrameAttentionProblem frame_attention_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const Tensor& kv_start, const Tensor& kv_end, const Tensor& q_start,
+                                              const Tensor& q_end, double scale) {
+  FrameAttentionProblem problem{};
+  problem.dtype = dtype_of(q);
+  problem.queries = q.size(0);
+  problem.keys = k.size(0);
+  problem.q_heads = q.size(1);
+  problem.kv_heads = k.size(1);
+  problem.head_dim = q.size(2);
+  problem.scale = static_cast<float>(scale);
+  problem.q = read_heads(q);
+  problem.k = read_heads(k);
+  problem.v = read_heads(v);
+  problem.kv_start = kv_start.const_data_ptr<int32_t>();
+  problem.kv_end = kv_end.const_data_ptr<int32_t>();
+  problem.q_start = q_start.const_data_ptr<int32_t>();
+  problem.q_end = q_end.const_data_ptr<int32_t>();
+  return problem;
+}
+
+/// Query tiles of the forward pass, those that see most keys first.
+std::vector<int64_t> heaviest_first(const FrameAttentionProblem& problem) {
+  std::vector<std::pair<int64_t, int64_t>> tiles;  // minus the keys, first token
+  for (int64_t first = 0; first < problem.queries; first += problem.tile) {
+    const int64_t last = std::min(problem.queries, first + problem.tile) - 1;
+    tiles.emplace_back(problem.kv_start[first] - int64_t{problem.kv_end[last]}, first);
+  }
+  std::sort(tiles.begin(), tiles.end());
+  std::vector<int64_t> firsts;
+  for (const auto& tile : tiles) firsts.push_back(tile.second);
+  return firsts;
+}
+
+/// Limits contiguous int32; q, k and v have a unit last stride.
+std::tuple<Tensor, Tensor> frame_attention_forward(Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_end,
+                                                   Tensor q_start, Tensor q_end, double scale, int64_t isa) {
+  FrameAttentionProblem problem = frame_attention_problem(q, k, v, kv_start, kv_end, q_start, q_end, scale);
+  Tensor o = empty_on_cpu(q.sizes(), q.scalar_type());
+  Tensor lse = empty_on_cpu({problem.q_heads, problem.queries}, ScalarType::Float);
+  problem.o = write_heads(o);
+  problem.lse = lse.mutable_data_ptr<float>();
+  // About 192 rows use a packed block of keys; one that passes 32 of them costs as much to pack as to multiply.
+  const int64_t group = problem.q_heads / problem.kv_heads;
+  problem.tile = std::max<int64_t>(24, (192 / group + 5) / 6 * 6);
+  const FrameAttentionKernels& kernels = frame_attention_kernels(isa, problem.dtype);
+  const std::vector<int64_t> tiles = heaviest_first(problem);
+  const int64_t items = static_cast<int64_t>(tiles.size()) * problem.kv_heads;
+  each_item(items, kernels.forward_scratch(problem), [&](int64_t item, float* scratch) {
+    kernels.forward(problem, item % problem.kv_heads, tiles[item / problem.kv_heads], scratch);
+  });
+  return {o, lse};
+}
+
+/// As forward; grad_o has a unit last stride, grad_lse, o and lse are contiguous.
+std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(Tensor grad_o, std::optional<Tensor> grad_lse, Tensor q,
+                                                            Tensor k, Tensor v, Tensor o, Tensor lse, Tensor kv_start,
+                                                            Tensor kv_end, Tensor q_start, Tensor q_end, double scale,
+                                                            int64_t isa) {
+  FrameAttentionProblem problem = frame_attention_problem(q, k, v, kv_start, kv_end, q_start, q_end, scale);
+  const int64_t query_tiles = (problem.queries + kAttentionQueryTile - 1) / kAttentionQueryTile;
+  const int64_t key_tiles = (problem.keys + kAttentionKeyTile - 1) / kAttentionKeyTile;
+  Tensor dq = empty_on_cpu(q.sizes(), q.scalar_type());
+  Tensor dk = empty_on_cpu(k.sizes(), k.scalar_type());
+  Tensor dv = empty_on_cpu(v.sizes(), v.scalar_type());
+  Tensor delta = empty_on_cpu(lse.sizes(), ScalarType::Float);
+  Tensor sums = empty_on_cpu({problem.q_heads, query_tiles, problem.head_dim, kAttentionQueryTile}, ScalarType::Float);
+  std::vector<std::atomic<int64_t>> done(problem.kv_heads * key_tiles);
+  for (auto& counter : done) counter = 0;
+  problem.o = write_heads(o);
+  problem.lse = lse.mutable_data_ptr<float>();
+  problem.grad_o = read_heads(grad_o);
+  problem.grad_lse = grad_lse ? grad_lse->const_data_ptr<float>() : nullptr;
+  problem.delta = delta.mutable_data_ptr<float>();
+  problem.dq_sums = sums.mutable_data_ptr<float>();
+  problem.done = done.data();
+  problem.dq = write_heads(dq);
+  problem.dk = write_heads(dk);
+  problem.dv = write_heads(dv);
+  const FrameAttentionKernels& kernels = frame_attention_kernels(isa, problem.dtype);
+  const int64_t scratch_floats = kernels.backward_scratch(problem);
+  each_item(query_tiles, 0, [&](int64_t tile, float*) { kernels.prepare(problem, tile); });
+  each_item(key_tiles * problem.kv_heads, scratch_floats, [&](int64_t item, float* scratch) {
+    kernels.backward(problem, item % problem.kv_heads, item / problem.kv_heads, scratch);
+  });
+  each_item(query_tiles, scratch_floats,
+            [&](int64_t tile, float* scratch) { kernels.finish(problem, tile, scratch); });
+  return {dq, dk, dv};
 }
 
 // ---- tube_masked_loss ----
@@ -316,6 +439,13 @@ void tube_loss_add_outer(Tensor dlogits, Tensor x, Tensor dweight, int64_t isa) 
 // The instruction set is an int: torch's stable ABI leaks a std::string for every string argument (seen in 2.13).
 STABLE_TORCH_LIBRARY(lumos_native, m) {
   m.def(
+      "frame_attention_forward(Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_end, Tensor q_start, "
+      "Tensor q_end, float scale, int isa) -> (Tensor, Tensor)");
+  m.def(
+      "frame_attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+      "Tensor kv_start, Tensor kv_end, Tensor q_start, Tensor q_end, float scale, int isa) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
       "mm_rope_forward(Tensor q, Tensor k, Tensor positions, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, "
       "Tensor? k_bias, Tensor inv_freq, float eps, int isa) -> (Tensor, Tensor)");
   m.def(
@@ -338,6 +468,8 @@ STABLE_TORCH_LIBRARY(lumos_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lumos_native, CPU, m) {
+  m.impl("frame_attention_forward", TORCH_BOX(&lumos::frame_attention_forward));
+  m.impl("frame_attention_backward", TORCH_BOX(&lumos::frame_attention_backward));
   m.impl("mm_rope_forward", TORCH_BOX(&lumos::mm_rope_forward));
   m.impl("mm_rope_backward", TORCH_BOX(&lumos::mm_rope_backward));
   m.impl("tube_loss_reduce", TORCH_BOX(&lumos::tube_loss_reduce));

@@ -17,7 +17,16 @@ from lumos_kernels.dispatch import Problem, runs_anywhere
 from lumos_kernels.layout import RowLimits
 from lumos_kernels.library_ops import define
 
-OP = dispatch.register("frame_attention", "lumos_kernels.frame_attention", {"reference": runs_anywhere})
+
+def _runs_native(problem: Problem) -> str | None:
+    if problem.head_dim is not None and (problem.head_dim == 0 or problem.head_dim % 32):
+        return f"computes head sizes that are multiples of 32, not {problem.head_dim}"
+    return dispatch.runs_native(problem)
+
+
+OP = dispatch.register(
+    "frame_attention", "lumos_kernels.frame_attention", {"native": _runs_native, "reference": runs_anywhere}
+)
 
 _LIMITS = "Tensor kv_start, Tensor kv_end, Tensor q_start, Tensor q_end"
 

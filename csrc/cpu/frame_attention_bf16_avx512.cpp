@@ -1,0 +1,15 @@
+// Before every include: what this file compiles may use AVX512_BF16 on top of the flags for avx512.
+#pragma GCC target("avx512bf16")
+#define LUMOS_AVX512_BF16
+
+#include "lumos/simd_avx512.h"
+
+#include "frame_attention_kernel.h"
+
+namespace lumos {
+
+const FrameAttentionKernels kFrameAttentionAvx512Bf16 = {
+    forward_scratch<Bf16>, backward_scratch<Bf16>,        forward_tile<BFloat16, Bf16>,
+    prepare<BFloat16>,     backward_tile<BFloat16, Bf16>, finish<BFloat16>};
+
+}  // namespace lumos

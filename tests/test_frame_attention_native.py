@@ -1,0 +1,273 @@
+"""frame_attention in C++: every instruction set this CPU runs, at the edges of its tiles.
+
+tests/test_frame_attention.py tests the same code, on the best instruction set, against the reference's precision.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lumos_kernels import Frame, FrameLayout, RowLimits, Text, dispatch, frame_attention, library
+from lumos_kernels.dispatch import Problem
+from lumos_kernels.testing import (
+    assert_bitwise_equal,
+    assert_close_to_reference,
+    awkward_gradients,
+    eager_attention,
+    poisoned_allocations,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+QUERY_TILE, KEY_TILE = 128, 192  # kAttentionQueryTile, kAttentionKeyTile
+NAMES = ("o", "lse", "dq", "dk", "dv")
+
+pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
+
+
+@pytest.fixture(params=library.isas())
+def isa(request, monkeypatch):
+    monkeypatch.setenv("LUMOS_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """On shared cores the barriers of many small parallel regions take longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def limits_of(*documents) -> RowLimits:
+    return FrameLayout.from_segments(documents).limits
+
+
+def causal(tokens: int, cached: int = 0) -> RowLimits:
+    """Frames of 1, 2, 3 ... tokens after `cached` keys that everyone sees: limits that change all over every tile."""
+    sizes = torch.arange(1, tokens + 2)
+    frame = torch.repeat_interleave(sizes, sizes)[:tokens]
+    ends = (sizes.cumsum(0)[frame - 1] if tokens else sizes[:0]).clamp_max(tokens) + cached
+    return RowLimits.from_kv(torch.zeros_like(ends), ends, tokens + cached, check=True)
+
+
+VIDEO = limits_of([Text(7), Frame(4, 8), Frame(8, 12), Text(2)], [Text(50), Frame(4, 4)])
+
+
+def leaves_of(limits: RowLimits, heads=(2, 1), head_dim=32, dtype=torch.float32) -> list[Tensor]:
+    sizes = (limits.num_queries, heads[0]), (limits.num_keys, heads[1]), (limits.num_keys, heads[1])
+    return [torch.randn(*size, head_dim).to(dtype).requires_grad_() for size in sizes]
+
+
+def run(leaves, limits, upstream, impl="native", **options) -> list[Tensor]:
+    """o, lse, dq, dk, dv under a gradient of o, or of o and lse."""
+    o, lse = frame_attention(*leaves, limits, return_lse=True, impl=impl, **options)
+    gradients = torch.autograd.grad((o, lse)[: len(upstream)], leaves, upstream)
+    return [o.detach(), lse.detach(), *gradients]
+
+
+def upstream_of(leaves: list[Tensor], lse: bool = False) -> list[Tensor]:
+    q = leaves[0]
+    return [torch.randn_like(q), *([torch.randn(q.shape[1], q.shape[0])] if lse else [])]
+
+
+def check(leaves, limits, upstream, **options) -> list[Tensor]:
+    """Against fp64, with SDPA in the same dtype as the rival; lse and its gradient against the reference's."""
+    actual = run(leaves, limits, upstream, **options)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    high = run(exact, limits, [u.double() for u in upstream], "reference", **options)
+    low = run(leaves, limits, upstream, "reference", **options)
+    if len(upstream) == 1 and bool((limits.kv_end > limits.kv_start).all()) and limits.num_queries:
+        o = eager_attention(*leaves, limits, **options)
+        low = [o.detach(), low[1], *torch.autograd.grad(o, leaves, upstream)]
+    for name, a, lo, hi in zip(NAMES, actual, low, high, strict=True):
+        assert_close_to_reference(a, lo, hi, name)
+    return actual
+
+
+def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
+        assert_bitwise_equal(a, b, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_head_dims(isa, dtype, head_dim):
+    leaves = leaves_of(VIDEO, (4, 2), head_dim, dtype)
+    check(leaves, VIDEO, upstream_of(leaves))
+
+
+@pytest.mark.parametrize("head_dim", [48, 16, 40])
+def test_other_head_dims_are_refused_with_the_reason(head_dim):
+    refusal = dispatch.ops()["frame_attention"].refusal("native", Problem("cpu", torch.float32, head_dim))
+    assert refusal == f"computes head sizes that are multiples of 32, not {head_dim}"
+    leaves = leaves_of(VIDEO, head_dim=head_dim)
+    assert frame_attention(*leaves, VIDEO).shape == leaves[0].shape  # "auto" goes on to the reference
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_query_heads_of_a_kv_head(isa, group, dtype):
+    leaves = leaves_of(VIDEO, (3 * group, 3), 32, dtype)
+    check(leaves, VIDEO, upstream_of(leaves, lse=True))
+
+
+# Around the rows of a register block, a block of keys (64 or 128) and the tiles; beyond 500 every case costs 0.1 s.
+@pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 31, 32, 33, 127, 128, 129, 191, 192, 193, 257, 385])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_lengths_around_the_tiles(isa, tokens, dtype):
+    limits = causal(tokens)
+    # Many heads where there are few tokens: of few elements the rival's largest error is a matter of luck.
+    leaves = leaves_of(limits, (16, 2) if tokens < 16 else (3, 1), 64, dtype)
+    check(leaves, limits, upstream_of(leaves))
+
+
+@pytest.mark.parametrize("cached", [1, 63, 64, 65, 191, 192, 200])
+def test_keys_before_the_queries(isa, cached):
+    limits = causal(20, cached)
+    leaves = leaves_of(limits, (2, 2), dtype=torch.bfloat16)
+    check(leaves, limits, upstream_of(leaves))
+
+
+@pytest.mark.parametrize("window", [1, 50, 128, 300])
+def test_sliding_windows(isa, window):
+    """Both limits move with every row."""
+    ends = torch.arange(1, 401)
+    limits = RowLimits.from_kv((ends - window).clamp_min(0), ends, 400, check=True)
+    leaves = leaves_of(limits, (2, 1), dtype=torch.bfloat16)
+    check(leaves, limits, upstream_of(leaves))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_scales(isa, scale, dtype):
+    leaves = leaves_of(VIDEO, dtype=dtype)
+    check(leaves, VIDEO, upstream_of(leaves, lse=True), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_awkward_gradients(isa, dtype):
+    leaves = leaves_of(VIDEO, (3, 1), dtype=dtype)
+    for (_, of_o), (_, of_lse) in zip(
+        awkward_gradients(leaves[0].shape, dtype), awkward_gradients((3, VIDEO.num_queries), torch.float32), strict=True
+    ):
+        check(leaves, VIDEO, [of_o, of_lse])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slices_of_a_fused_projection(isa, dtype):
+    """q, k and v inside a wider buffer that holds NaN everywhere else; nothing is written to it."""
+    dense = leaves_of(VIDEO, (4, 2), 32, dtype)
+    fused = torch.full((2 * VIDEO.num_queries, 16, 48), torch.nan, dtype=dtype)
+    slices = fused[::2, 1:9:2, 3:35], fused[::2, 10:12, 8:40], fused[1::2, 12:16:2, :32]
+    for into, leaf in zip(slices, dense, strict=True):
+        into.copy_(leaf.detach())
+    before = fused.clone()
+    strided = [x.detach().requires_grad_() for x in slices]
+    upstream = upstream_of(dense, lse=True)
+    assert_same_bits(run(strided, VIDEO, upstream), run(dense, VIDEO, upstream))
+    assert_bitwise_equal(fused, before)
+
+
+def test_limits_with_strides(isa):
+    every_second = RowLimits(*(torch.stack([x, -x], 1)[:, 0] for x in vars(VIDEO).values()))
+    leaves = leaves_of(VIDEO)
+    upstream = upstream_of(leaves)
+    assert_same_bits(run(leaves, every_second, upstream), run(leaves, VIDEO, upstream))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (3, 1)], ids=str)
+def test_threads_change_no_bit(isa, heads, dtype):
+    """One kv head and three key tiles: threads wait for each other in every query tile."""
+    limits = causal(3 * KEY_TILE + 5)
+    leaves = leaves_of(limits, heads, dtype=dtype)
+    upstream = upstream_of(leaves, lse=True)
+    expected = run(leaves, limits, upstream)
+    for threads in (2, 3, 3):
+        torch.set_num_threads(threads)
+        assert_same_bits(run(leaves, limits, upstream), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_what_nobody_sees_may_be_nan(isa, dtype, head_dim):
+    """Keys without queries, in and after a tile, and queries without keys: bits as with zeros there."""
+    starts = [0] * 40 + [60] * 3 + [70] * 60 + [200] * 30
+    ends = [50] * 40 + [60] * 3 + [130] * 60 + [400] * 30
+    limits = RowLimits.from_kv(torch.tensor(starts), torch.tensor(ends), 450, check=True)
+    unseen, empty = limits.q_start >= limits.q_end, limits.kv_start == limits.kv_end
+    assert int(unseen.sum()) == 20 + 70 + 50
+    leaves = leaves_of(limits, (2, 1), head_dim, dtype)
+    upstream = upstream_of(leaves)
+    for tensor, rows in zip((*leaves, upstream[0]), (empty, unseen, unseen, empty), strict=True):
+        tensor.data[rows] = 0
+    expected = check(leaves, limits, upstream)
+    for tensor, rows in zip((*leaves, upstream[0]), (empty, unseen, unseen, empty), strict=True):
+        tensor.data[rows] = torch.nan
+    actual = run(leaves, limits, upstream)
+    assert_same_bits(actual, expected)
+    o, lse, dq, dk, dv = actual
+    assert (lse[:, empty] == -torch.inf).all()
+    assert not any(x.any() for x in (o[empty], dq[empty], dk[unseen], dv[unseen]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_nan_that_is_seen_shows(isa, dtype):
+    limits = limits_of([Text(20), Frame(4, 4)])
+    leaves = leaves_of(limits, dtype=dtype)
+    leaves[1].data[25] = torch.nan
+    o, lse, dq, _, _ = run(leaves, limits, upstream_of(leaves))
+    assert o[20:].isnan().all()
+    assert lse[:, 20:].isnan().all()
+    assert dq[20:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("change", [1848, 3675], ids=["the second frame", "its last token"])
+def test_future_frames_do_not_matter(isa, dtype, change):
+    """1,828 tokens a frame. Large finite values in keys that come later leave every bit of the rows before."""
+    if isa == "base" and change != 1848:
+        pytest.skip("SSE2 takes 2 s for one of these")
+    limits = limits_of([Text(20), Frame(32, 56), Frame(32, 56)])
+    touched = limits.kv_end > change
+    assert 0 < int(touched.sum()) < len(touched)
+    leaves = leaves_of(limits, (1, 1), dtype=dtype)
+    of_o, of_lse = upstream_of(leaves, lse=True)
+    upstream = [of_o * ~touched[:, None, None], of_lse * ~touched]
+    o, lse, dq, dk, dv = run(leaves, limits, upstream)
+    assert not any(x.any() for x in (dq[touched], dk[change:], dv[change:]))
+    for leaf in leaves[1:]:
+        leaf.data[change:] = 1e4 * leaf.data[change:].sign()
+    changed = run(leaves, limits, upstream)
+    assert_same_bits(
+        [changed[0][~touched], changed[1][:, ~touched], *changed[2:]], [o[~touched], lse[:, ~touched], dq, dk, dv]
+    )
+
+
+def test_every_element_is_written(isa):
+    leaves = leaves_of(VIDEO, (2, 1), dtype=torch.bfloat16)
+    upstream = upstream_of(leaves, lse=True)
+    expected = run(leaves, VIDEO, upstream)
+    with poisoned_allocations():
+        assert_same_bits(run(leaves, VIDEO, upstream), expected)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 6), (3, 0), (3, 6)])
+def test_nothing_to_see(isa, queries, keys):
+    none = torch.zeros(queries, dtype=torch.int32)
+    limits = RowLimits.from_kv(none, none, keys, check=True)
+    leaves = leaves_of(limits)
+    o, lse, *gradients = run(leaves, limits, upstream_of(leaves, lse=True))
+    assert not o.any()
+    assert (lse == -torch.inf).all()
+    assert not any(g.any() for g in gradients)
+
+
+def test_the_gradient_of_a_long_frame_keeps_its_precision(isa):
+    """dk and dv of the first tokens are sums over all rows and the heads of the group."""
+    limits = limits_of([Text(3), Frame(24, 28)])
+    leaves = leaves_of(limits, (4, 1))
+    check(leaves, limits, [torch.ones_like(leaves[0])])
