@@ -176,6 +176,15 @@ def test_nan_stays_in_its_row(isa, dtype):
         assert torch.equal(correct, reference[4])
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1], ids=hex)
+def test_nan_of_any_payload_stays_nan_in_bf16(isa, bits):
+    """Rounding up the bits of a NaN whose payload is all ones would make it -0 or 0."""
+    upstream = torch.ones(74)
+    upstream.view(torch.int32)[8] = bits
+    dhidden = run(problem(), upstream=upstream)[2]
+    assert torch.equal(dhidden.isnan().all(-1), torch.arange(74) == 8)
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0.0, 30.0])
