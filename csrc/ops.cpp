@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor> frame_attention_forward(Tensor q, Tensor k, Tensor v,
   Tensor lse = empty_on_cpu({problem.q_heads, problem.queries}, ScalarType::Float);
   problem.o = write_heads(o);
   problem.lse = lse.mutable_data_ptr<float>();
-  // About 192 rows use a packed block of keys; one that passes 32 of them costs as much to pack as to multiply.
+  // About 192 rows share a packed block of keys, whatever the group.
   const int64_t group = problem.q_heads / problem.kv_heads;
   problem.tile = std::max<int64_t>(24, (192 / group + 5) / 6 * 6);
   const FrameAttentionKernels& kernels = frame_attention_kernels(isa, problem.dtype);
