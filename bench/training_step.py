@@ -9,6 +9,7 @@ its own. `python -m bench.training_step MODEL BATCH` prints the same as JSON.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import statistics
@@ -33,6 +34,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # How far the two losses may be apart, in units of the dtype's eps: in 16 bits the mean over the target slots averages
 # the roundings of single logits out, in fp32 the order of the sums remains.
 LOSS_EPS = {"float32": 8.0, "bfloat16": 1.0}
+# How far the official way may be from fp64 where the two differ by more: on trained weights it was 15 eps off (ours 1).
+OFFICIAL_EPS = {"float32": 32.0, "bfloat16": 1.0}
 
 
 def compare_training_step(
@@ -69,7 +72,8 @@ def compare_training_step(
         both None, like memory_ratio, where the system does not tell.
 
     Raises:
-        RuntimeError: the two losses differ by more than rounding, or a child process fails (out of memory).
+        RuntimeError: the losses differ by more than rounding (judged by fp64 where it is close), or a child process
+            fails (out of memory).
     """
     threads = threads or torch.get_num_threads()
     with tempfile.TemporaryDirectory() as scratch:
@@ -128,6 +132,13 @@ class Comparison:
             return official_style_loss(self.model, self.ids, self.labels)
         return self.model(self.ids, labels=self.labels, rows=self.rows).loss
 
+    def exact_loss(self) -> float:
+        """The loss of the same weights in fp64, by the reference implementations."""
+        model = copy.deepcopy(self.model).double()
+        model.impl = "reference"
+        with torch.no_grad():
+            return float(model(self.ids, labels=self.labels, rows=self.rows).loss)
+
     def step(self, side: str) -> None:
         self.model.zero_grad(set_to_none=True)
         self.loss(side).backward()
@@ -142,7 +153,12 @@ def time_both(comparison: Comparison, dtype: str, seconds: float, rounds: int) -
     difference = abs(losses[OURS] - losses[OFFICIAL])
     limit = LOSS_EPS[dtype] * torch.finfo(DTYPES[dtype]).eps * abs(losses[OFFICIAL])
     if not difference <= limit:  # NaN fails too
-        raise RuntimeError(f"the losses {losses} differ by {difference:.3e}, more than {limit:.3e} in {dtype}")
+        # Where both follow fp64 it is rounding after all, and ours may not be the worse one.
+        exact = comparison.exact_loss()
+        errors = {side: abs(loss - exact) for side, loss in losses.items()}
+        official_limit = OFFICIAL_EPS[dtype] / LOSS_EPS[dtype] * limit
+        if not (errors[OFFICIAL] <= official_limit and errors[OURS] <= max(limit, errors[OFFICIAL])):
+            raise RuntimeError(f"the losses {losses} differ by {difference:.3e}, more than {limit:.3e} in {dtype}")
 
     calls: dict[str, Callable[[], None]] = {side: functools.partial(comparison.step, side) for side in losses}
     samples = measure.interleave(calls, seconds, measure.clock_for(comparison.device), min_rounds=rounds)
