@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lumos_kernels import checks
+
 # Structural token ids of Lumos-1. The visual codes and the text ids never take part in the layout.
 TEXT_START = 0
 FRAME_START = 8197
@@ -134,7 +136,7 @@ class FrameLayout:
         """
         if input_ids.dim() not in (1, 2) or input_ids.dtype not in INTEGERS:
             raise ValueError(
-                f"input_ids must be int32 or int64 [B, L], or [T] with cu_seqlens; got {_describe(input_ids)}"
+                f"input_ids must be int32 or int64 [B, L], or [T] with cu_seqlens; got {checks.describe(input_ids)}"
             )
         if (input_ids.dim() == 1) != (cu_seqlens is not None):
             raise ValueError("cu_seqlens goes with input_ids [T], and only with it: rows of [B, L] are documents")
@@ -143,7 +145,7 @@ class FrameLayout:
             rows, length = input_ids.shape
             cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=ids.device) * length
         elif cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
-            raise ValueError(f"cu_seqlens must be int32 or int64 [B + 1]; got {_describe(cu_seqlens)}")
+            raise ValueError(f"cu_seqlens must be int32 or int64 [B + 1]; got {checks.describe(cu_seqlens)}")
         cu_seqlens = cu_seqlens.to(torch.int32)
         if check:
             check_documents(ids, cu_seqlens)
@@ -309,7 +311,7 @@ def _check_document(document: int, ids: Tensor) -> None:
 def _check_limits(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> None:
     if kv_start.dim() != 1 or kv_start.shape != kv_end.shape or not {kv_start.dtype, kv_end.dtype} <= set(INTEGERS):
         raise ValueError(
-            f"kv_start and kv_end must both be integer [Tq]; got {_describe(kv_start)}, {_describe(kv_end)}"
+            f"kv_start and kv_end must both be integer [Tq]; got {checks.describe(kv_start)}, {checks.describe(kv_end)}"
         )
     if kv_start.numel() == 0:
         return
@@ -317,7 +319,3 @@ def _check_limits(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> None:
         raise ValueError(f"kv_start and kv_end must satisfy 0 <= kv_start <= kv_end <= {num_keys}")
     if (kv_start.diff() < 0).any() or (kv_end.diff() < 0).any():
         raise ValueError("kv_start and kv_end must be non-decreasing: overlapping or unordered limits are refused")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
