@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from lumos_kernels import dispatch, masked_sample
 from lumos_kernels.dispatch import Problem
-from lumos_kernels.masked_sample.philox import exponentials, philox4x32
+from lumos_kernels.masked_sample.philox import exponentials, gumbels, philox4x32, uniforms
 from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_reference, poisoned_allocations
 
 OP = dispatch.ops()["masked_sample"]
@@ -94,6 +94,16 @@ def test_columns_and_64_bit_keys_map_to_words_as_documented():
             assert_bitwise_equal(ours[row, column], -torch.log1p(-uniform))
 
 
+def test_gumbel_variates_are_rounded_once_wherever_they_stand():
+    """fp32 of the variate in double, element by element; fp32 logarithms differ between a vector and its remainder."""
+    row_keys, columns = keys(50), 37
+    u, ours = uniforms(row_keys, columns), gumbels(row_keys, columns)
+    assert ours.dtype == torch.float32
+    for expected, actual in zip(u.flatten().tolist(), ours.flatten(), strict=True):
+        assert_bitwise_equal(actual, torch.tensor(-math.log(-math.log1p(-expected)), dtype=torch.float32))
+    torch.testing.assert_close(ours, -exponentials(row_keys, columns).log())
+
+
 def test_exponentials_have_the_moments_of_the_exponential_distribution():
     draws = exponentials(keys(500), 401).double()
     assert (draws > 0).all()
@@ -136,7 +146,7 @@ def assert_confidence(confidence, ids, cond, uncond, weight, guidance, temperatu
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
 @pytest.mark.parametrize("guidance", [None, 2.5])
 def test_draws_are_gumbel_max_of_the_keys(impl, dtype, guidance):
-    """The documented formula: argmax of l - log E, with the E of the row's key."""
+    """The documented formula: argmax of l + G = l - log E, with the variates of the row's key."""
     cond, uncond, weight, row_keys = problem(dtype=dtype)
     ids, confidence = masked_sample(cond, uncond, weight, CLASSES, guidance, 0.8, row_keys=row_keys, impl=impl)
     logits = guided_logits(cond.double(), uncond.double(), weight.double(), guidance, 0.8)

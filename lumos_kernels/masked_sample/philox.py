@@ -1,7 +1,9 @@
 """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors: the random numbers every backend must reproduce.
 
 Row i under key (seed, counter) draws, for column c, word c % 4 of philox(counter = (c // 4, counter lo, counter hi, 0),
-key = (seed lo, seed hi)). A word x becomes the exponential variate -log1p(-u) with u = fp32(x) * 2^-32 + 2^-33.
+key = (seed lo, seed hi)). A word x becomes the uniform u = fp32(x) * 2^-32 + 2^-33, the exponential variate
+E = -log1p(-u) and the Gumbel variate -log(E). The latter is rounded to fp32 once: fp32 logarithms depend on the library
+and even on an element's place in its tensor, and a draw between near ties would then too.
 """
 
 from __future__ import annotations
@@ -33,12 +35,21 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-def exponentials(row_keys: Tensor, columns: int) -> Tensor:
-    """fp32 [N, columns]: standard exponential variates. row_keys: int64 [N, 2], (seed, counter) of each row."""
+def uniforms(row_keys: Tensor, columns: int) -> Tensor:
+    """fp32 [N, columns] in [2^-33, 1]. row_keys: int64 [N, 2], (seed, counter) of each row."""
     seed, counter = row_keys[:, 0, None], row_keys[:, 1, None]
     groups = torch.arange(-(-columns // 4), device=row_keys.device)[None]
     zero = torch.zeros_like(groups)
     words = philox4x32((groups, counter & _LOW, (counter >> 32) & _LOW, zero), (seed & _LOW, (seed >> 32) & _LOW))
     x = torch.stack(torch.broadcast_tensors(*words), -1).flatten(1)[:, :columns]
-    uniform = x.float() * 2.0**-32 + 2.0**-33
-    return -torch.log1p(-uniform)
+    return x.float() * 2.0**-32 + 2.0**-33
+
+
+def exponentials(row_keys: Tensor, columns: int) -> Tensor:
+    """fp32 [N, columns]: standard exponential variates, with the logarithm of fp32."""
+    return -torch.log1p(-uniforms(row_keys, columns))
+
+
+def gumbels(row_keys: Tensor, columns: int) -> Tensor:
+    """fp32 [N, columns]: standard Gumbel variates, rounded once; -inf where u rounds to 1."""
+    return uniforms(row_keys, columns).double().neg_().log1p_().neg_().log_().neg_().float()

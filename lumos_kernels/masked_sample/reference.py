@@ -1,7 +1,8 @@
 """Sampling of masked slots in plain PyTorch: the specification that every kernel is compared with.
 
 l = l_uncond + guidance * (l_cond - l_uncond) over the class slice, divided by the temperature; the draw is Gumbel-max,
-argmax(l - log E) with E exponential (philox.py), which is a draw from softmax(l); confidence is its probability.
+argmax(l + G) with the Gumbel variates of philox.py, which is a draw from softmax(l); confidence is its probability. The
+first of equal scores wins. fp32 throughout (fp64 for fp64 input): the sum l + G is rounded once, and so are G and l.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lumos_kernels.masked_sample.philox import exponentials
+from lumos_kernels.masked_sample.philox import gumbels
 
 BLOCK_ROWS = 64  # rows at once: bounds the logits and random numbers to BLOCK_ROWS * K
 
@@ -37,8 +38,13 @@ def forward(
             uncond = hidden_uncond[rows].to(compute) @ w.T
             logits = uncond + guidance * (logits - uncond)
         logits = logits / temperature
-        scores = logits if row_keys is None else logits - exponentials(row_keys[rows], w.shape[0]).log()
-        classes[rows] = scores.argmax(-1)
-        chosen = logits.gather(1, classes[rows, None])[:, 0]
-        confidence[rows] = torch.exp(chosen - torch.logsumexp(logits, -1)).float()
+        classes[rows], confidence[rows] = draw(logits, None if row_keys is None else row_keys[rows])
     return classes, confidence
+
+
+def draw(logits: Tensor, row_keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A class for each row of logits [N, K], and its probability: the end of forward, whatever made the logits."""
+    scores = logits if row_keys is None else logits + gumbels(row_keys, logits.shape[1])
+    classes = scores.argmax(-1)
+    chosen = logits.gather(1, classes[:, None])[:, 0]
+    return classes, torch.exp(chosen - torch.logsumexp(logits, -1)).float()
