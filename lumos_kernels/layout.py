@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lumos_kernels import checks
+from lumos_kernels.frame_layout import ops as _ops  # noqa: F401  # defines torch.ops.lumos_kernels.frame_layout
 
 # Structural token ids of Lumos-1. The visual codes and the text ids never take part in the layout.
 TEXT_START = 0
@@ -81,11 +82,8 @@ class RowLimits:
         """
         if check:
             _check_limits(kv_start, kv_end, num_keys)
-        keys = torch.arange(num_keys, dtype=torch.int32, device=kv_start.device)
         kv_start, kv_end = kv_start.to(torch.int32).contiguous(), kv_end.to(torch.int32).contiguous()
-        q_start = torch.searchsorted(kv_end, keys, right=True, out_int32=True)
-        q_end = torch.searchsorted(kv_start, keys, right=True, out_int32=True)
-        return cls(kv_start, kv_end, q_start, q_end)
+        return cls(kv_start, kv_end, _queries_before(kv_end, num_keys), _queries_before(kv_start, num_keys))
 
     @property
     def num_queries(self) -> int:
@@ -149,7 +147,7 @@ class FrameLayout:
         cu_seqlens = cu_seqlens.to(torch.int32)
         if check:
             check_documents(ids, cu_seqlens)
-        return _read_layout(ids, cu_seqlens)
+        return cls._read(ids, cu_seqlens)
 
     @classmethod
     def from_segments(cls, documents: Sequence[Sequence[Text | Frame]]) -> FrameLayout:
@@ -165,7 +163,12 @@ class FrameLayout:
             pieces += runs
             lengths.append(sum(len(run) for run in runs))
         ids = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device="cpu")
-        return _read_layout(ids, torch.tensor(lengths, device="cpu").cumsum(0).to(torch.int32))
+        return cls._read(ids, torch.tensor(lengths, device="cpu").cumsum(0).to(torch.int32))
+
+    @classmethod
+    def _read(cls, ids: Tensor, cu_seqlens: Tensor) -> FrameLayout:
+        positions, content, frame_index, *limits = torch.ops.lumos_kernels.frame_layout.default(ids, cu_seqlens)
+        return cls(cu_seqlens, positions, content, frame_index, RowLimits(*limits))
 
     @property
     def num_tokens(self) -> int:
@@ -193,59 +196,10 @@ class FrameLayout:
         )
 
 
-def _read_layout(ids: Tensor, cu_seqlens: Tensor) -> FrameLayout:
-    """The layout of well-formed documents; on malformed ones still in bounds, so that no kernel reads outside."""
-    total = ids.shape[0]
-    index = torch.arange(total, dtype=torch.int32, device=ids.device)
-    document = torch.searchsorted(cu_seqlens[1:], index, right=True)
-    # A padded tail beyond the last document does not occur: cu_seqlens ends at T.
-    doc_start, doc_end = cu_seqlens[:-1][document], cu_seqlens[1:][document]
-
-    starts = ids == FRAME_START
-    start = torch.where(starts, index, -1).cummax(0).values if total else index  # latest frame start so far
-    rows, cols = (_header_number(ids, start + 1 + axis) for axis in (0, 1))
-    line = cols + 1
-    codes = rows * line
-    offset = index - start - FRAME_HEADER
-    inside = (start >= doc_start) & (offset <= codes)  # header, content and end of the frame
-    content = inside & (offset >= 0) & (offset < codes)
-
-    frame_end = torch.minimum(start + FRAME_HEADER + codes + 1, doc_end)
-    kv_end = torch.where(inside, frame_end, index + 1)
-    if total:  # a frame that starts before the last one ended would step back: malformed, but limits stay monotone
-        kv_end = kv_end.cummax(0).values
-    frames_before = _exclusive_count(starts)
-    frame = (frames_before + starts - 1 - frames_before[doc_start.long()]).to(torch.int32) if total else index
-
-    # Content counts from the document's first content token s; everything else from its own index.
-    first = torch.full_like(cu_seqlens[:-1], torch.iinfo(torch.int32).max).scatter_reduce_(
-        0, document, torch.where(starts, index, torch.iinfo(torch.int32).max), "amin"
-    )
-    s = first[document] + FRAME_HEADER - doc_start
-    text = index - doc_start
-    line = line.clamp_min(1)
-    time = torch.where(content, s + TIME_STRIDE * frame, text)
-    height = torch.where(content, s + SPACE_STRIDE * torch.div(offset, line, rounding_mode="floor"), text)
-    width = torch.where(content, s + SPACE_STRIDE * (offset % line), text)
-    return FrameLayout(
-        cu_seqlens=cu_seqlens,
-        positions=torch.stack([time, height, width]),
-        content=content,
-        frame_index=torch.where(content, frame, -1),
-        limits=RowLimits.from_kv(doc_start, kv_end, total),
-    )
-
-
-def _header_number(ids: Tensor, at: Tensor) -> Tensor:
-    """Grid rows or columns written at the positions `at`, 0 where there is no number."""
-    if ids.shape[0] == 0:
-        return at
-    number = ids[at.clamp(0, ids.shape[0] - 1).long()] - NUMBER_BASE
-    return (GRID_UNIT * torch.where((number > 0) & (number < MASK - NUMBER_BASE), number, 0)).to(torch.int32)
-
-
-def _exclusive_count(flags: Tensor) -> Tensor:
-    return flags.cumsum(0, dtype=torch.int32) - flags.to(torch.int32)
+def header_numbers(ids: Tensor) -> Tensor:
+    """The grid rows or columns that an id of a frame header writes, 0 where it writes none."""
+    number = ids - NUMBER_BASE
+    return torch.where((number > 0) & (number < MASK - NUMBER_BASE), GRID_UNIT * number, 0)
 
 
 def _skeleton(document: int, segment: Text | Frame) -> Tensor:
@@ -287,9 +241,10 @@ def _check_document(document: int, ids: Tensor) -> None:
     expected_ends = []
     for frame, start in enumerate(starts):
         where = f"document {document}, frame {frame} at token {start}"
-        rows, cols = (int(_header_number(ids, torch.tensor(start + 1 + axis))) for axis in (0, 1))
-        if start + FRAME_HEADER > len(ids) or not rows or not cols:
+        header = header_numbers(ids[start + 1 : start + FRAME_HEADER]).tolist()
+        if len(header) < FRAME_HEADER - 1 or not all(header):
             raise ValueError(f"{where}: the frame start must be followed by its rows and columns, ids 8805..9002")
+        rows, cols = header
         stop = start + frame_length(rows, cols)
         if stop > len(ids):
             raise ValueError(
@@ -306,6 +261,13 @@ def _check_document(document: int, ids: Tensor) -> None:
             )
     if ends != expected_ends:
         raise ValueError(f"document {document}: frame ends (8196) at {ends}, but the frame headers say {expected_ends}")
+
+
+def _queries_before(limit: Tensor, num_keys: int) -> Tensor:
+    """int32 [num_keys]: how many queries have limit <= j, which are the first ones since limits never fall."""
+    count = limit.new_zeros(num_keys + 1)
+    count.index_add_(0, limit.clamp(0, num_keys), torch.ones_like(limit))
+    return count[:num_keys].cumsum(0, dtype=torch.int32)
 
 
 def _check_limits(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> None:

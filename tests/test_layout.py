@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from lumos_kernels import Frame, FrameLayout, RowLimits, Text
+from lumos_kernels import Frame, FrameLayout, RowLimits, Text, dispatch, library
+from lumos_kernels.frame_layout import reference
 from lumos_kernels.layout import frame_skeleton
 
 START, END, LINE, MASK, NUMBER, CODE = 8197, 8196, 8803, 9003, 8804, 65536
@@ -22,6 +23,16 @@ LIMITS = ("kv_start", "kv_end", "q_start", "q_end")
 grids = st.tuples(st.sampled_from([4, 8, 12]), st.sampled_from([4, 8]))
 segments = st.one_of(st.integers(0, 9), grids)  # a run of text, or a frame of rows x columns
 documents = st.lists(segments, max_size=5)
+
+
+@pytest.fixture(params=dispatch.ops()["frame_layout"].implementations, scope="module", autouse=True)
+def implementation(request):
+    """Every test of this file reads layouts by each implementation."""
+    if request.param == "native" and library.refusal():
+        pytest.skip(library.refusal())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUMOS_IMPL", f"frame_layout={request.param}")
+        yield request.param
 
 
 def token_ids(document, mask_rate=0.0):
@@ -360,6 +371,25 @@ def test_garbage_stays_in_bounds_and_monotone(ids, cuts, dtype):
     except ValueError:
         return
     assert_restated(layout, [ids[a:b] for a, b in pairwise(cu_seqlens.tolist())])
+
+
+@given(garbage, st.lists(st.integers(0, 120), max_size=4), st.sampled_from([torch.int32, torch.int64]))
+@settings(max_examples=200, deadline=None)
+def test_implementations_agree_on_garbage(implementation, ids, cuts, dtype):
+    cu_seqlens = torch.tensor([0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)], dtype=torch.int32)
+    ids = torch.tensor(ids, dtype=dtype)
+    expected = reference.read(ids, cu_seqlens)
+    for value, wanted in zip(torch.ops.lumos_kernels.frame_layout(ids, cu_seqlens), expected, strict=True):
+        assert value.dtype == wanted.dtype
+        assert torch.equal(value, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_frame_layout_is_a_sound_torch_op(dtype):
+    ids = torch.tensor(token_ids(VIDEO), dtype=dtype)
+    cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
+    for tokens in (ids, ids[:0]):
+        torch.library.opcheck(torch.ops.lumos_kernels.frame_layout.default, (tokens, cu_seqlens * bool(len(tokens))))
 
 
 def test_from_tokens_needs_no_value_of_a_tensor():

@@ -1,0 +1,65 @@
+"""Reading a layout in plain PyTorch, on any device and without a host sync. The contract is at the top of ops.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lumos_kernels.layout import FRAME_HEADER, FRAME_START, SPACE_STRIDE, TIME_STRIDE, RowLimits, header_numbers
+
+
+def read(ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
+    """The layout of well-formed documents; on malformed ones still in bounds, so that no kernel reads outside."""
+    total = ids.shape[0]
+    if total == 0:
+        none = torch.empty_like(ids, dtype=torch.int32)
+        return none.new_empty(3, 0), none.bool(), *(none.clone() for _ in range(5))
+    ids = ids.to(torch.int32)
+    index = torch.arange(total, dtype=torch.int32, device=ids.device)
+    starts = ids == FRAME_START
+    start = torch.where(starts, index, -1).cummax(0).values  # of the latest frame, this token's included
+    numbers = torch.nn.functional.pad(header_numbers(ids), (0, FRAME_HEADER - 1))
+    rows, cols = (numbers.index_select(0, start + 1 + axis) for axis in (0, 1))
+    line = cols + 1
+    codes = rows * line
+    frames = starts.cumsum(0, dtype=torch.int32)  # frames of the stream so far, this token's included
+    doc_start, doc_end, frames_before, first_content = _document_facts(cu_seqlens, index, frames)
+
+    offset = index - (start + FRAME_HEADER)
+    inside = (start >= doc_start) & (offset <= codes)  # header, content and end of the frame
+    content = inside & (offset >= 0) & (offset < codes)
+    frame = frames - (frames_before + 1)
+
+    frame_end = torch.minimum(index - offset + (codes + 1), doc_end)
+    # A frame that starts before the last one ended would step back: malformed, but limits stay monotone.
+    kv_end = torch.where(inside, frame_end, index + 1).cummax(0).values
+
+    # Content counts from the document's first content token; everything else from its own index.
+    text = index - doc_start
+    row = torch.div(offset, line, rounding_mode="floor")
+    time = torch.where(content, first_content + TIME_STRIDE * frame, text)
+    height = torch.where(content, first_content + SPACE_STRIDE * row, text)
+    width = torch.where(content, first_content + SPACE_STRIDE * (offset - row * line), text)
+    limits = RowLimits.from_kv(doc_start, kv_end, total)
+    return (
+        torch.stack([time, height, width]),
+        content,
+        torch.where(content, frame, -1),
+        limits.kv_start,
+        limits.kv_end,
+        limits.q_start,
+        limits.q_end,
+    )
+
+
+def _document_facts(cu_seqlens: Tensor, index: Tensor, frames: Tensor) -> list[Tensor]:
+    """int32 [T] each, of each token's document: its start and end, the stream's frames before it, and its first
+    content token counted inside it.
+    """
+    begin, end = cu_seqlens[:-1], cu_seqlens[1:]
+    frames_before = torch.nn.functional.pad(frames, (1, 0))[begin]
+    first_frame = torch.searchsorted(frames, frames_before, right=True, out_int32=True)
+    # cu_seqlens ends at T; where it does not, the last document's facts are still in bounds.
+    document = torch.searchsorted(end, index, right=True, out_int32=True).clamp_max_(len(end) - 1)
+    facts = begin, end, frames_before, first_frame + FRAME_HEADER - begin
+    return [fact.index_select(0, document) for fact in facts]
