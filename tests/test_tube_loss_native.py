@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import memory, registry
 from lumos_kernels import library, tube_masked_loss
 from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_reference
 from lumos_kernels.tube_loss import native
+from lumos_kernels.tube_loss.api import VISUAL_CLASSES
 
 pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
 
@@ -300,6 +302,17 @@ def test_workspace_is_bounded():
     work = native._Work(torch.empty(0, 8), torch.empty(100_000, 8), True, True, None, torch.empty(0))
     (part, *_) = work.chunks(torch.arange(100_000))
     assert (part.stop - part.start) * 100_000 * 4 <= kept
+
+
+def test_peak_memory_of_a_step():
+    """Of forward and backward in a process of its own: the gradients, fp32 sums of the weight's, and 64 MB."""
+    case = registry.find("tube_masked_loss/1Bq-256p-1f/bf16/forward+backward")
+    tokens, width, (first, last) = case.video.tokens, case.model.hidden, VISUAL_CLASSES
+    gradients = 2 * (2 * tokens * width) + 2 * last * width + 4 * (last - first) * width
+    peak = memory.contestant_peak(case.key, "lumos native", "cpu", threads=1)
+    if peak is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert peak < gradients + (64 << 20) + (8 << 20)  # what the measurement itself may add: code, pages of the heap
 
 
 @pytest.mark.skipif("avx512" not in library.isas(), reason="needs AVX-512")

@@ -23,6 +23,8 @@ OP = dispatch.register(
     "tube_masked_loss", "lumos_kernels.tube_loss", {"native": dispatch.runs_native, "reference": runs_anywhere}
 )
 
+SCALED_FLOATS = 4 << 20  # of the weight's gradient at once: 16 MB
+
 
 def _stat_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
@@ -110,10 +112,15 @@ def _backward(grad_nll, grad_lse, hidden, weight, labels, rows, lse, first, last
     return _present(hidden, dhidden, dweight)
 
 
-def _whole_weight(dclasses: Tensor, weight: Tensor, first: int, last: int) -> Tensor:
-    """The gradient of the whole lm_head: the class slice's, zero elsewhere."""
+def _whole_weight(dclasses: Tensor, scale: Tensor | float, weight: Tensor, first: int, last: int) -> Tensor:
+    """The gradient of the whole lm_head: `scale` times the class slice's, zero elsewhere.
+
+    On a CPU a product that is rounded needs a copy before the rounding, hence the blocks; a GPU kernel does not.
+    """
     dweight = torch.zeros_like(weight)
-    dweight[first:last] = dclasses
+    block = max(1, SCALED_FLOATS // max(1, weight.shape[1])) if weight.device.type == "cpu" else last - first
+    for part, out in zip(dclasses.split(block), dweight[first:last].split(block), strict=True):
+        torch.mul(part, scale, out=out)
     return dweight
 
 
@@ -139,7 +146,7 @@ class SummedLoss(torch.autograd.Function):
             return (None,) * 9
         dhidden, dclasses, weight = ctx.saved_tensors
         dhidden = (dhidden * grad_sum).to(dhidden.dtype) if ctx.needs_input_grad[0] else None
-        dweight = _whole_weight(dclasses * grad_sum, weight, *ctx.slice) if ctx.needs_input_grad[1] else None
+        dweight = _whole_weight(dclasses, grad_sum, weight, *ctx.slice) if ctx.needs_input_grad[1] else None
         return dhidden, dweight, *(None,) * 7
 
 
@@ -165,7 +172,7 @@ class RowStatistics(torch.autograd.Function):
         dhidden, dclasses = torch.ops.lumos_kernels.tube_masked_loss_backward.default(
             grad_nll, grad_lse, hidden, weight, labels, rows, lse, first, last, *need, impl
         )
-        dweight = _whole_weight(dclasses, weight, first, last) if need[1] else None
+        dweight = _whole_weight(dclasses, 1.0, weight, first, last) if need[1] else None
         return dhidden if need[0] else None, dweight, *(None,) * 5
 
 
