@@ -223,7 +223,42 @@ def mm_rope_cases() -> Iterator[Case]:
         yield Case(f"mm_rope backward {name}", run, {"_backward_kernel": backward, **second_stage})
 
 
-CASES: tuple[Callable[[], Iterator[Case]], ...] = (mm_rope_cases,)
+def tube_loss_cases() -> Iterator[Case]:
+    """Every configuration of the tables at the 64,000 visual classes, and the variants of the one for bf16."""
+    from lumos_kernels.tube_loss import triton as implementation
+
+    def call(backward, dtype=torch.bfloat16, classes=64000, weighted=True, trained=True) -> None:
+        hidden, weight = torch.empty(4, 8, dtype=dtype), torch.empty(classes, 8, dtype=dtype)
+        rows, per_row = torch.arange(4), torch.empty(4)
+        arguments = hidden, weight, rows, rows
+        if backward:
+            implementation.backward(per_row, per_row, *arguments, per_row, trained, trained)
+        else:
+            implementation.forward(*arguments, per_row if weighted else None, 0.1, trained, trained)
+
+    # 64 registers are two programs of 16 warps on an SM, or one of 32. The narrow access is the target's logit.
+    wide = {"LDG.E.128": 4, "STG.E.128": 2}
+    forward = Budget(registers=64, shared=256, at_least=wide, at_most={"LDG.E.U16": 1, "STG.E.U16": 0})
+    reading = Budget(registers=64, shared=256, at_least={"LDG.E.128": 4}, at_most={"STG.E.128": 0, "STG.E.U16": 0})
+    narrow = Budget(registers=64, shared=256)
+    backward = Budget(registers=64, at_least={"LDG.E.128": 2, "STG.E.128": 2}, at_most={"LDG.E.U16": 0})
+    variants = {
+        "bf16": ({}, forward),
+        "fp16": ({"dtype": torch.float16}, forward),
+        "fp32": ({"dtype": torch.float32}, forward),
+        "bf16 without row weights": ({"weighted": False}, forward),
+        "bf16 without gradients": ({"trained": False}, reading),
+        "bf16, classes no multiple of 16": ({"classes": 63999}, narrow),
+        "bf16, one class": ({"classes": 1}, narrow),  # Triton makes a size of 1 a constant
+    }
+    for name, (variant, budget) in variants.items():
+        yield Case(f"tube_loss forward {name}", functools.partial(call, False, **variant), {"_loss_kernel": budget})
+    for name, variant in {"bf16": {}, "fp16": {"dtype": torch.float16}, "fp32": {"dtype": torch.float32}}.items():
+        run = functools.partial(call, True, **variant)
+        yield Case(f"tube_loss backward {name}", run, {"_gradient_kernel": backward})
+
+
+CASES: tuple[Callable[[], Iterator[Case]], ...] = (mm_rope_cases, tube_loss_cases)
 
 
 def all_resources(archs: Iterable[int]) -> Iterator[Resources]:

@@ -20,7 +20,9 @@ from lumos_kernels.dispatch import Problem, runs_anywhere
 from lumos_kernels.library_ops import define
 
 OP = dispatch.register(
-    "tube_masked_loss", "lumos_kernels.tube_loss", {"native": dispatch.runs_native, "reference": runs_anywhere}
+    "tube_masked_loss",
+    "lumos_kernels.tube_loss",
+    {"triton": dispatch.runs_triton, "native": dispatch.runs_native, "reference": runs_anywhere},
 )
 
 SCALED_FLOATS = 4 << 20  # of the weight's gradient at once: 16 MB

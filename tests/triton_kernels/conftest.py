@@ -39,23 +39,28 @@ def _guarded_allocations(guard: int = 4096) -> Iterator[None]:
 
     def empty(shape, *, dtype, device):
         size = torch.Size(shape).numel()
-        block = allocate(size + 2 * guard, dtype=dtype, device=device).fill_(torch.nan)
+        poison = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max
+        block = allocate(size + 2 * guard, dtype=dtype, device=device).fill_(poison)
         blocks.append(block)
         return block[guard : guard + size].view(shape)
+
+    def unwritten(values: torch.Tensor) -> torch.Tensor:
+        return values.isnan() if values.is_floating_point() else values == torch.iinfo(values.dtype).max
 
     with mock.patch.object(torch, "empty", empty):
         yield
     assert blocks, "the implementation allocated nothing by torch.empty"
     for block in blocks:
-        inside = block[guard : block.numel() - guard]
-        assert not inside.isnan().any(), f"{int(inside.isnan().sum())} of {inside.numel()} elements were not written"
-        assert block[:guard].isnan().all(), "elements before a tensor were written"
-        assert block[block.numel() - guard :].isnan().all(), "elements behind a tensor were written"
+        inside = unwritten(block[guard : block.numel() - guard])
+        assert not inside.any(), f"{int(inside.sum())} of {inside.numel()} elements were not written"
+        assert unwritten(block[:guard]).all(), "elements before a tensor were written"
+        assert unwritten(block[block.numel() - guard :]).all(), "elements behind a tensor were written"
 
 
 @pytest.fixture
 def guarded_allocations():
-    """A context in which torch.empty returns NaN between NaN guards. On leaving, every element of every such tensor
-    must have been written, and no guard. An implementation under test allocates by torch.empty alone.
+    """A context in which torch.empty returns NaN (the largest integer) between guards of the same. On leaving, every
+    element of every such tensor must have been written, and no guard. An implementation under test allocates what its
+    kernels write by torch.empty alone.
     """
     return _guarded_allocations
