@@ -42,3 +42,8 @@ def attention_flops(visible_pairs: int, heads: int, head_dim: int, backward: boo
 def loss_flops(targets: int, hidden: int, classes: int, backward: bool) -> Work:
     """One matmul forward (logits), two backward (gradients of hidden and weight): target rows x class slice."""
     return Work((6 if backward else 2) * targets * hidden * classes, "FLOP")
+
+
+def layout_bytes(tokens: int) -> Work:
+    """Ids read (8 bytes a token); positions, four limits, frame index (32) and content (1) written."""
+    return Work(41 * tokens, "B")

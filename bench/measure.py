@@ -120,6 +120,8 @@ def relative_errors(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> li
     def one(a: Tensor, b: Tensor) -> float:
         if a.shape != b.shape:
             return math.inf
+        if not b.is_floating_point():
+            a, b = a.double(), b.double()
         norm = float(torch.linalg.vector_norm(b, dtype=torch.float64))
         return float(torch.linalg.vector_norm(a.to(b.dtype) - b, dtype=torch.float64)) / (norm or 1.0)
 

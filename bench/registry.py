@@ -123,9 +123,10 @@ class OpBench:
 
 def ops() -> Mapping[str, OpBench]:
     """The ops by name."""
-    from bench.ops import frame_attention, mm_rope, tube_masked_loss
+    from bench.ops import frame_attention, frame_layout, mm_rope, tube_masked_loss
 
-    return {op.name: op for op in (mm_rope.BENCH, frame_attention.BENCH, tube_masked_loss.BENCH)}
+    modules = (mm_rope, frame_attention, tube_masked_loss, frame_layout)
+    return {module.BENCH.name: module.BENCH for module in modules}
 
 
 def select(names: Sequence[str] = (), pattern: str | None = None) -> list[Case]:

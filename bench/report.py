@@ -64,7 +64,39 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for case in result["cases"]:
         lines += [f"## {case['case']}", "", *_table(case), ""]
+    for title, cases in sweeps(result["cases"]).items():
+        lines += [f"## {title}: how time grows with tokens", "", *_sweep_table(cases), ""]
     return "\n".join(lines)
+
+
+def sweeps(cases: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Cases that differ in the number of tokens alone, by rising tokens, where there are three or more."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for case in cases:
+        key = f"{case['op']}/{case['model']['name']}/{case['dtype']}/{case['pass']}"
+        groups.setdefault(key, []).append(case)
+    ordered = {key: sorted(group, key=lambda case: case["tokens"]) for key, group in groups.items()}
+    return {key: group for key, group in ordered.items() if len({case["tokens"] for case in group}) > 2}
+
+
+def _times_by_contestant(cases: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Median seconds of each contestant, case by case; ceilings have a size of their own and are left out."""
+    times = [{row["contestant"]: row["median_s"] for row in case["rows"] if row["role"] != CEILING} for case in cases]
+    names = dict.fromkeys(name for case in times for name in case)
+    return {name: [case.get(name) for case in times] for name in names}
+
+
+def _sweep_table(cases: list[dict[str, Any]]) -> list[str]:
+    rows = [["contestant", *(f"{case['tokens']:,}" for case in cases)], ["---"] + ["---:"] * len(cases)]
+    for name, times in _times_by_contestant(cases).items():
+        rows.append([name, *("-" if time is None else _milliseconds(time) for time in times)])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits, and all before the point."""
+    value = seconds * 1e3
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _table(case: dict[str, Any]) -> list[str]:
@@ -93,15 +125,17 @@ def _cells(row: dict[str, Any], unit: str) -> list[str]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """A panel of bars a case: milliseconds of each contestant that got a figure."""
+    """A panel of bars a case: milliseconds of each contestant that got a figure. Then a panel of lines a sweep."""
     from matplotlib.figure import Figure
 
-    cases = result["cases"]
-    heights = [1.0 + 0.32 * len(case["rows"]) for case in cases]
+    cases, lines = result["cases"], sweeps(result["cases"])
+    heights = [1.0 + 0.32 * len(case["rows"]) for case in cases] + [4.0] * len(lines)
     figure = Figure(figsize=(9, max(2.0, sum(heights))), layout="constrained")
-    axes = figure.subplots(max(1, len(cases)), 1, squeeze=False, height_ratios=heights or None)[:, 0]
+    axes = figure.subplots(max(1, len(heights)), 1, squeeze=False, height_ratios=heights or None)[:, 0]
     for axis, case in zip(axes, cases, strict=False):
         _bars(axis, case)
+    for axis, (title, group) in zip(axes[len(cases) :], lines.items(), strict=False):
+        _lines(axis, title, group)
     environment = result["environment"]
     figure.suptitle(f"{environment['device_name']}, {environment['threads']} threads, {environment['date'][:10]}")
     figure.savefig(path, dpi=100)
@@ -109,15 +143,30 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def _bars(axis: Any, case: dict[str, Any]) -> None:
     rows = [row for row in case["rows"] if row["median_s"] is not None]
-    times = [row["median_s"] * 1e3 for row in rows]
-    labels = [
-        f"{t:.3g} ms" + (f", {row['ratio']:.2f}x" if row["ratio"] else "") for t, row in zip(times, rows, strict=True)
-    ]
-    bars = axis.barh([row["contestant"] for row in rows], times, color=[COLOURS[row["role"]] for row in rows])
+    labels = [_milliseconds(row["median_s"]) + (f", {row['ratio']:.2f}x" if row["ratio"] else "") for row in rows]
+    bars = axis.barh(
+        [row["contestant"] for row in rows],
+        [row["median_s"] * 1e3 for row in rows],
+        color=[COLOURS[row["role"]] for row in rows],
+    )
     axis.bar_label(bars, labels=labels, padding=3, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.2)
     axis.tick_params(labelsize=8)
     axis.set_title(case["case"], fontsize=9, loc="left")
     axis.set_xlabel("ms", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _lines(axis: Any, title: str, cases: list[dict[str, Any]]) -> None:
+    tokens = [case["tokens"] for case in cases]
+    for name, times in _times_by_contestant(cases).items():
+        points = [(count, time * 1e3) for count, time in zip(tokens, times, strict=True) if time is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", xticks=tokens, xticklabels=tokens)
+    axis.minorticks_off()
+    axis.tick_params(labelsize=8)
+    axis.set_title(title, fontsize=9, loc="left")
+    axis.legend(fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)

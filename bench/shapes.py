@@ -28,6 +28,7 @@ M3B = Model("3B", heads=24, kv_heads=8, head_dim=128, hidden=3072)
 # A quarter of the heads of the real models, with which two CPU cores finish an attention in milliseconds.
 M1B_QUARTER = Model("1Bq", heads=8, kv_heads=2, head_dim=64, hidden=512)
 M3B_QUARTER = Model("3Bq", heads=6, kv_heads=2, head_dim=128, hidden=768)
+M1B_GROUP = Model("1Bg", heads=4, kv_heads=1, head_dim=64, hidden=256)  # one kv head of 1B and its query heads
 PRESET_TINY = Model("preset-tiny", heads=2, kv_heads=1, head_dim=64, hidden=128)  # LumosConfig.tiny()
 TINY = Model("tiny", heads=4, kv_heads=2, head_dim=32, hidden=64)
 
@@ -43,6 +44,7 @@ class Video:
     cols: int
     frames: int
     text: int = HEADER_TEXT
+    target_share: float = TARGET_SHARE
 
     @functools.cached_property
     def layout(self) -> FrameLayout:
@@ -56,13 +58,17 @@ class Video:
 
     @property
     def targets(self) -> int:
-        """N, the target rows of a training step at the mean share of masked slots."""
-        return round(TARGET_SHARE * self.frames * self.rows * self.cols)
+        """N, the target rows of a training step, by default at the mean share of masked slots."""
+        return round(self.target_share * self.frames * self.rows * self.cols)
 
 
 IMAGE_256P = Video("256p-1f", 32, 56, 1)
+IMAGE_384P = Video("384p-1f", 48, 84, 1)
+IMAGE_384P_ALL = Video("384p-1f-all", 48, 84, 1, target_share=1.0)  # 4,032 target rows
+SWEEP_256P = tuple(Video(f"256p-{frames}f", 32, 56, frames) for frames in (1, 2, 4, 7))
 VIDEO_256P_3 = Video("256p-3f", 32, 56, 3, text=100)
 VIDEO_256P = Video("256p-7f", 32, 56, 7)
 VIDEO_384P = Video("384p-7f", 48, 84, 7)
+VIDEO_384P_LONG = Video("384p-22f", 48, 84, 22)
 VIDEO_SMALL = Video("32x32-4f", 32, 32, 4, text=60)
 SMOKE = Video("smoke", 4, 8, 2, text=9)

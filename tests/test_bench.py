@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench import __main__ as command
-from bench import environment, formulas, measure, memory, registry, training_step
+from bench import environment, formulas, measure, memory, registry, report, training_step
 from bench.official_style import official_mask, official_style_loss
 from bench.ops import frame_attention, mm_rope
 from bench.registry import Contestant
@@ -229,6 +229,27 @@ def test_a_child_that_fails_says_why():
 
 
 # The command and its report
+
+
+def test_sweeps_gather_cases_that_differ_in_tokens_alone():
+    def record(tokens, contestants, size="a", dtype="bf16"):
+        rows = [{"contestant": name, "role": role, "median_s": time} for name, (role, time) in contestants.items()]
+        return {"op": "op", "model": {"name": size}, "dtype": dtype, "pass": "forward", "tokens": tokens, "rows": rows}
+
+    ours, ceiling = {"ours": ("ours", 1.5)}, {"copy": ("ceiling", 1.0)}
+    cases = [record(300, ours | {"rival": ("rival", None)}), record(100, ours | ceiling), record(200, ours)]
+    cases += [record(100, ours, dtype="fp32"), record(200, ours, dtype="fp32"), record(100, ours, size="b")]
+    groups = report.sweeps(cases)
+    assert {title: [case["tokens"] for case in group] for title, group in groups.items()} == {
+        "op/a/bf16/forward": [100, 200, 300]
+    }
+    table = report._sweep_table(groups["op/a/bf16/forward"])
+    assert table == [
+        "| contestant | 100 | 200 | 300 |",
+        "| --- | ---: | ---: | ---: |",
+        "| ours | 1,500 ms | 1,500 ms | 1,500 ms |",
+        "| rival | - | - | - |",
+    ]
 
 
 def test_a_run_writes_json_markdown_and_a_picture(tmp_path, capsys):

@@ -1,22 +1,29 @@
-"""frame_attention: against SDPA with the dense mask and against one SDPA call a frame, the best a user can do today."""
+"""frame_attention: against SDPA with the dense mask, one SDPA call a frame (the best a user can do today), and
+flex_attention.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import flex_attention
 
 from bench import formulas
 from bench.formulas import Work
 from bench.registry import CEILING, Case, Contestant, Inputs, OpBench, grid
 from bench.shapes import (
+    IMAGE_384P,
     M1B,
+    M1B_GROUP,
     M1B_QUARTER,
     M3B,
     M3B_QUARTER,
     SMOKE,
+    SWEEP_256P,
     TINY,
     VIDEO_256P,
     VIDEO_256P_3,
@@ -130,6 +137,35 @@ def per_frame(inputs: Inputs) -> tuple[Tensor, ...]:
     return (torch.cat(parts, dim=2)[0].transpose(0, 1),)
 
 
+@functools.cache
+def _compiled_flex():
+    """Compiled once for all shapes: on a CPU that takes 20 seconds."""
+    return torch.compile(flex_attention.flex_attention, dynamic=True)
+
+
+def _with_block_mask(inputs: Inputs) -> Inputs:
+    limits = inputs.limits
+
+    def visible(batch, head, query, key):
+        return (key >= limits.kv_start[query]) & (key < limits.kv_end[query])
+
+    sizes = limits.num_queries, limits.num_keys
+    mask = flex_attention.create_block_mask(visible, None, None, *sizes, device=inputs.q.device.type)
+    return Inputs({**inputs.args, "block_mask": mask}, inputs.leaves, inputs.upstream)
+
+
+def flex(inputs: Inputs) -> tuple[Tensor, ...]:
+    """torch.compile of flex_attention with a block mask that was built before."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
+    o = _compiled_flex()(q, k, v, block_mask=inputs.block_mask, enable_gqa=True)
+    return (o[0].transpose(0, 1),)
+
+
+def _has_flex(case: Case, device: str) -> bool:
+    """torch's CPU code for it has no backward and starts at a block of 128 tokens."""
+    return device == "cuda" or (not case.backward and case.video.tokens >= 128)
+
+
 def _with_matrices(inputs: Inputs) -> Inputs:
     a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).to(inputs.q).detach()
     return Inputs({"a": a, "b": b})
@@ -156,6 +192,7 @@ BENCH = OpBench(
     ours=ours,
     rivals=(
         Contestant("SDPA per frame", per_frame, prepare=_with_calls),
+        Contestant("flex_attention", flex, prepare=_with_block_mask, available=_has_flex),
         Contestant("SDPA dense mask", dense_mask, prepare=_with_mask, memory=_mask_bytes),
         Contestant("official style", official_style, prepare=_with_official_mask, memory=_mask_bytes),
         Contestant(
@@ -168,6 +205,9 @@ BENCH = OpBench(
         *grid("frame_attention", [(TINY, SMOKE)], [torch.bfloat16, torch.float32]),
         *grid("frame_attention", [(M1B_QUARTER, VIDEO_SMALL), (M3B_QUARTER, VIDEO_256P_3)], [torch.bfloat16]),
         *grid("frame_attention", [(M1B_QUARTER, VIDEO_SMALL)], [torch.float32]),
+        *(Case("frame_attention", M1B_GROUP, video, torch.bfloat16, backward=False) for video in SWEEP_256P),
+        *grid("frame_attention", [(M1B, IMAGE_384P)], [torch.bfloat16]),
+        *grid("frame_attention", [(M3B, IMAGE_384P)], [torch.bfloat16], slow=True),
         *grid("frame_attention", [(M1B, VIDEO_256P), (M3B, VIDEO_256P)], [torch.bfloat16], slow=True),
         *grid("frame_attention", [(M1B, VIDEO_384P), (M3B, VIDEO_384P)], [torch.bfloat16], slow=True),
     ),

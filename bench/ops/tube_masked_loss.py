@@ -10,7 +10,18 @@ from torch.utils.checkpoint import checkpoint
 from bench import formulas
 from bench.formulas import Work
 from bench.registry import CEILING, Case, Contestant, Inputs, OpBench, grid
-from bench.shapes import IMAGE_256P, M1B, M1B_QUARTER, M3B, PRESET_TINY, SMOKE, TINY, VIDEO_256P, VIDEO_384P
+from bench.shapes import (
+    IMAGE_256P,
+    IMAGE_384P_ALL,
+    M1B,
+    M1B_QUARTER,
+    M3B,
+    PRESET_TINY,
+    SMOKE,
+    TINY,
+    VIDEO_256P,
+    VIDEO_384P,
+)
 from lumos_kernels import tube_masked_loss
 from lumos_kernels.testing import eager_loss
 from lumos_kernels.tube_loss.api import VISUAL_CLASSES
@@ -147,6 +158,8 @@ BENCH = OpBench(
             options={"classes": SMOKE_CLASSES},
         ),
         *grid("tube_masked_loss", [(PRESET_TINY, IMAGE_256P)], [torch.bfloat16, torch.float32]),
+        *grid("tube_masked_loss", [(M1B_QUARTER, IMAGE_384P_ALL)], [torch.bfloat16]),
+        *grid("tube_masked_loss", [(M1B, IMAGE_384P_ALL)], [torch.bfloat16], slow=True),
         *grid("tube_masked_loss", [(M1B_QUARTER, IMAGE_256P)], [torch.bfloat16], slow=True),
         *grid("tube_masked_loss", [(M1B, IMAGE_256P), (M1B, VIDEO_256P)], [torch.bfloat16], slow=True),
         *grid("tube_masked_loss", [(M1B, VIDEO_384P), (M3B, VIDEO_384P)], [torch.bfloat16], slow=True),
