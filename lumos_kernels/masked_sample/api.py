@@ -43,7 +43,8 @@ def masked_sample(
 
     Returns:
         ids int64 [N] in [first, last), and confidence fp32 [N]. The same keys give the same draw on every backend, up
-        to near ties of two scores (Philox4x32-10 and Gumbel-max: masked_sample/philox.py).
+        to ties of two scores nearer than the rounding of their logits (Philox4x32-10 and Gumbel-max:
+        masked_sample/philox.py); "native" and "reference" draw the same from equal logits, bit for bit.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit, or an explicit `impl` cannot run.

@@ -14,7 +14,9 @@ from lumos_kernels import dispatch
 from lumos_kernels.dispatch import Problem, runs_anywhere
 from lumos_kernels.library_ops import define
 
-OP = dispatch.register("masked_sample", "lumos_kernels.masked_sample", {"reference": runs_anywhere})
+OP = dispatch.register(
+    "masked_sample", "lumos_kernels.masked_sample", {"native": dispatch.runs_native, "reference": runs_anywhere}
+)
 
 
 def _fake(hidden_cond, *rest):
