@@ -13,7 +13,15 @@ namespace {
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const lumos::IsaInfo& info : lumos::kIsas) {
-    if (info.supported()) names.emplace_back(info.name);
+    if (info.isa != lumos::Isa::amx_model && info.supported()) names.emplace_back(info.name);
+  }
+  return names;
+}
+
+std::vector<std::string> supported_models() {
+  std::vector<std::string> names;
+  for (const lumos::IsaInfo& info : lumos::kIsas) {
+    if (info.isa == lumos::Isa::amx_model && info.supported()) names.emplace_back(info.name);
   }
   return names;
 }
@@ -37,6 +45,7 @@ std::string compiler() {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "What the compiled library offers on this CPU.";
   m.def("supported_isas", supported_isas, "Instruction sets with compiled kernels that this CPU runs, best first.");
+  m.def("supported_models", supported_models, "Instruction sets in software that this CPU runs, for tests.");
   m.attr("ISA_VALUES") = isa_values();  // what the ops of _ops.so take for `isa`
   m.attr("COMPILER") = compiler();
 }

@@ -17,6 +17,9 @@ using torch::stable::Tensor;
 
 const MaskedSampleKernels& masked_sample_kernels(int64_t isa) {
   switch (static_cast<Isa>(isa)) {
+    case Isa::amx_model:
+    case Isa::amx:
+    case Isa::avx512_bf16:
     case Isa::avx512:
       return kMaskedSampleAvx512;
     case Isa::avx2:

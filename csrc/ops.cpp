@@ -59,6 +59,9 @@ struct Scratch {
 
 const MMRopeKernels& mm_rope_kernels(int64_t isa) {
   switch (static_cast<Isa>(isa)) {
+    case Isa::amx_model:
+    case Isa::amx:
+    case Isa::avx512_bf16:
     case Isa::avx512:
       return kMMRopeAvx512;
     case Isa::avx2:
@@ -166,10 +169,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mm_rope_backward(
 // ---- frame_attention ----
 
 const FrameAttentionKernels& frame_attention_kernels(int64_t isa, Dtype dtype) {
+  const bool bf16 = dtype == Dtype::bf16;
   switch (static_cast<Isa>(isa)) {
+    case Isa::amx_model:
+      return bf16 ? kFrameAttentionAmxModel : kFrameAttentionAvx512;
+    case Isa::amx:
+      return bf16 ? kFrameAttentionAmx : kFrameAttentionAvx512;
+    case Isa::avx512_bf16:
+      return bf16 ? kFrameAttentionAvx512Bf16 : kFrameAttentionAvx512;
     case Isa::avx512:
-      return dtype == Dtype::bf16 && __builtin_cpu_supports("avx512bf16") ? kFrameAttentionAvx512Bf16
-                                                                          : kFrameAttentionAvx512;
+      return kFrameAttentionAvx512;
     case Isa::avx2:
       return kFrameAttentionAvx2;
     case Isa::base:
@@ -179,17 +188,20 @@ const FrameAttentionKernels& frame_attention_kernels(int64_t isa, Dtype dtype) {
 }
 
 /// Calls body(item, scratch) for the items 0 .. count - 1: they start in order, and whoever is free takes the next.
+/// Kernels' begin and end go around a thread's items.
 template <class Body>
-void each_item(int64_t count, int64_t scratch_floats, const Body& body) {
+void each_item(const FrameAttentionKernels& kernels, int64_t count, int64_t scratch_floats, const Body& body) {
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
   // Before the threads start: one that gives up would leave another waiting for its item.
   const int64_t floats = (scratch_floats + 15) / 16 * 16;
   const Scratch scratch(workers * floats);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    kernels.begin();
     for (int64_t worker = first; worker < last; ++worker) {
       for (int64_t item = next++; item < count; item = next++) body(item, scratch.data.get() + worker * floats);
     }
+    kernels.end();
   });
 }
 
@@ -235,13 +247,11 @@ std::tuple<Tensor, Tensor> frame_attention_forward(Tensor q, Tensor k, Tensor v,
   Tensor lse = empty_on_cpu({problem.q_heads, problem.queries}, ScalarType::Float);
   problem.o = write_heads(o);
   problem.lse = lse.mutable_data_ptr<float>();
-  // About 192 rows share a packed block of keys, whatever the group.
-  const int64_t group = problem.q_heads / problem.kv_heads;
-  problem.tile = std::max<int64_t>(24, (192 / group + 5) / 6 * 6);
   const FrameAttentionKernels& kernels = frame_attention_kernels(isa, problem.dtype);
+  problem.tile = kernels.forward_tile(problem.q_heads / problem.kv_heads);
   const std::vector<int64_t> tiles = heaviest_first(problem);
   const int64_t items = static_cast<int64_t>(tiles.size()) * problem.kv_heads;
-  each_item(items, kernels.forward_scratch(problem), [&](int64_t item, float* scratch) {
+  each_item(kernels, items, kernels.forward_scratch(problem), [&](int64_t item, float* scratch) {
     kernels.forward(problem, item % problem.kv_heads, tiles[item / problem.kv_heads], scratch);
   });
   return {o, lse};
@@ -253,13 +263,14 @@ std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(Tensor grad_o, std::
                                                             Tensor kv_end, Tensor q_start, Tensor q_end, double scale,
                                                             int64_t isa) {
   FrameAttentionProblem problem = frame_attention_problem(q, k, v, kv_start, kv_end, q_start, q_end, scale);
-  const int64_t query_tiles = (problem.queries + kAttentionQueryTile - 1) / kAttentionQueryTile;
-  const int64_t key_tiles = (problem.keys + kAttentionKeyTile - 1) / kAttentionKeyTile;
+  const FrameAttentionKernels& kernels = frame_attention_kernels(isa, problem.dtype);
+  const int64_t query_tiles = (problem.queries + kernels.query_tile - 1) / kernels.query_tile;
+  const int64_t key_tiles = (problem.keys + kernels.key_tile - 1) / kernels.key_tile;
   Tensor dq = empty_on_cpu(q.sizes(), q.scalar_type());
   Tensor dk = empty_on_cpu(k.sizes(), k.scalar_type());
   Tensor dv = empty_on_cpu(v.sizes(), v.scalar_type());
   Tensor delta = empty_on_cpu(lse.sizes(), ScalarType::Float);
-  Tensor sums = empty_on_cpu({problem.q_heads, query_tiles, problem.head_dim, kAttentionQueryTile}, ScalarType::Float);
+  Tensor sums = empty_on_cpu({problem.q_heads, query_tiles, problem.head_dim, kernels.query_tile}, ScalarType::Float);
   std::vector<std::atomic<int64_t>> done(problem.kv_heads * key_tiles);
   for (auto& counter : done) counter = 0;
   problem.o = write_heads(o);
@@ -272,13 +283,12 @@ std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(Tensor grad_o, std::
   problem.dq = write_heads(dq);
   problem.dk = write_heads(dk);
   problem.dv = write_heads(dv);
-  const FrameAttentionKernels& kernels = frame_attention_kernels(isa, problem.dtype);
   const int64_t scratch_floats = kernels.backward_scratch(problem);
-  each_item(query_tiles, 0, [&](int64_t tile, float*) { kernels.prepare(problem, tile); });
-  each_item(key_tiles * problem.kv_heads, scratch_floats, [&](int64_t item, float* scratch) {
+  each_item(kernels, query_tiles, 0, [&](int64_t tile, float*) { kernels.prepare(problem, tile); });
+  each_item(kernels, key_tiles * problem.kv_heads, scratch_floats, [&](int64_t item, float* scratch) {
     kernels.backward(problem, item % problem.kv_heads, item / problem.kv_heads, scratch);
   });
-  each_item(query_tiles, scratch_floats,
+  each_item(kernels, query_tiles, scratch_floats,
             [&](int64_t tile, float* scratch) { kernels.finish(problem, tile, scratch); });
   return {dq, dk, dv};
 }
@@ -287,6 +297,9 @@ std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(Tensor grad_o, std::
 
 const TubeLossKernels& tube_loss_kernels(int64_t isa) {
   switch (static_cast<Isa>(isa)) {
+    case Isa::amx_model:
+    case Isa::amx:
+    case Isa::avx512_bf16:
     case Isa::avx512:
       return kTubeLossAvx512;
     case Isa::avx2:
@@ -373,10 +386,9 @@ void tube_loss_gradient(Tensor logits, Tensor targets, int64_t first, Tensor lse
   });
 }
 
-/// Null where the instruction set or this CPU has no bf16 products.
+/// Null where the instruction set has no bf16 products.
 const TubeLossDots* tube_loss_dots(int64_t isa) {
-  const bool able = static_cast<Isa>(isa) == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
-  return able ? &kTubeLossDotsAvx512 : nullptr;
+  return static_cast<Isa>(isa) >= Isa::avx512_bf16 ? &kTubeLossDotsAvx512 : nullptr;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

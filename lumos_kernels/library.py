@@ -30,7 +30,10 @@ def refusal() -> str | None:
 
 
 def isas() -> tuple[str, ...]:
-    """Instruction sets that the library has code for and this CPU runs, best first, e.g. ("avx512", "avx2", "base")."""
+    """Instruction sets that the library has code for and this CPU runs, best first, e.g. ("avx512", "avx2", "base").
+
+    "amx" may still be refused by the op that has code for it (frame_attention/native.py).
+    """
     if refusal() is not None:
         return ()
     from lumos_kernels import _host
@@ -38,9 +41,22 @@ def isas() -> tuple[str, ...]:
     return tuple(_host.supported_isas())
 
 
+def models() -> tuple[str, ...]:
+    """Instruction sets in software, e.g. ("amx_model",): slow, for tests, and used only where LUMOS_CPU_ISA asks."""
+    if refusal() is not None:
+        return ()
+    from lumos_kernels import _host
+
+    return tuple(_host.supported_models())
+
+
+def isa_is_forced() -> bool:
+    return bool(os.environ.get("LUMOS_CPU_ISA"))
+
+
 def isa() -> str:
     """The instruction set the CPU kernels use: LUMOS_CPU_ISA if set, else the best one."""
     wanted, able = os.environ.get("LUMOS_CPU_ISA"), isas()
-    if wanted and wanted not in able:
+    if wanted and wanted not in (*able, *models()):
         raise ValueError(f"LUMOS_CPU_ISA={wanted} is not one of {', '.join(able)}, which this CPU and build support")
     return wanted or able[0]

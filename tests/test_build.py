@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -129,3 +130,17 @@ def test_kernels_share_no_code_between_instruction_sets():
         pytest.skip("no build folder here")
     for path in objects:
         assert not [line for line in symbols(path, "-C", "--defined-only") if line.split()[1] in "WwuV"], path
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="binutils is not installed")
+def test_tiles_are_used_where_they_are_meant_to_be():
+    """AMX instructions in the one file that the CPU is asked about before it runs, from configuration to release."""
+    objects = list((ROOT / "build").glob("cmake-*/**/lumos_cpu.dir/csrc/cpu/*.cpp.o"))
+    if not objects:
+        pytest.skip("no build folder here")
+    wanted = {"ldtilecfg", "tilezero", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"}
+    for path in objects:
+        code = subprocess.run(["objdump", "-d", str(path)], check=True, capture_output=True, text=True).stdout
+        found = set(re.findall(r"\b(?:\w*tile(?:cfg|zero|load|store|release)\w*|tdp\w+)\b(?=\s|$)", code))
+        assert found == (wanted if path.name == "frame_attention_amx_avx512.cpp.o" else set()), path
+        assert "%tmm" not in code or found, path

@@ -1,9 +1,12 @@
-"""frame_attention in C++: every instruction set this CPU runs, at the edges of its tiles.
+"""frame_attention in C++: every instruction set this CPU runs, and AMX on a model of its tiles, at their edges.
 
 tests/test_frame_attention.py tests the same code, on the best instruction set, against the reference's precision.
 """
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +23,15 @@ from lumos_kernels.testing import (
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-QUERY_TILE, KEY_TILE = 128, 192  # kAttentionQueryTile, kAttentionKeyTile
+QUERY_TILE, KEY_TILE = 128, 256  # kQueryTile, kKeyTile; without tiles a key tile is 192
 NAMES = ("o", "lse", "dq", "dk", "dv")
+
+native = pytest.importorskip("lumos_kernels.frame_attention.native", exc_type=ImportError)
 
 pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
 
 
-@pytest.fixture(params=library.isas())
+@pytest.fixture(params=[*library.isas(), *library.models()])
 def isa(request, monkeypatch):
     monkeypatch.setenv("LUMOS_CPU_ISA", request.param)
     return request.param
@@ -114,8 +119,8 @@ def test_query_heads_of_a_kv_head(isa, group, dtype):
     check(leaves, VIDEO, upstream_of(leaves, lse=True))
 
 
-# Around the rows of a register block, a block of keys (64 or 128) and the tiles.
-@pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 31, 32, 33, 127, 128, 129, 191, 192, 193, 257, 385])
+# Around the rows of a register block, a block of keys (64, 128 or 256) and the tiles.
+@pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 31, 32, 33, 127, 128, 129, 191, 192, 193, 255, 256, 257, 385, 513])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_lengths_around_the_tiles(isa, tokens, dtype):
     limits = causal(tokens)
@@ -124,7 +129,7 @@ def test_lengths_around_the_tiles(isa, tokens, dtype):
     check(leaves, limits, upstream_of(leaves))
 
 
-@pytest.mark.parametrize("cached", [1, 63, 64, 65, 191, 192, 200])
+@pytest.mark.parametrize("cached", [1, 63, 64, 65, 191, 192, 200, 236, 256, 300])
 def test_keys_before_the_queries(isa, cached):
     limits = causal(20, cached)
     leaves = leaves_of(limits, (2, 2), dtype=torch.bfloat16)
@@ -181,7 +186,7 @@ def test_limits_with_strides(isa):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (3, 1)], ids=str)
 def test_threads_change_no_bit(isa, heads, dtype):
-    """One kv head and three key tiles: threads wait for each other in every query tile."""
+    """One kv head and four key tiles: threads wait for each other in every query tile."""
     limits = causal(3 * KEY_TILE + 5)
     leaves = leaves_of(limits, heads, dtype=dtype)
     upstream = upstream_of(leaves, lse=True)
@@ -212,6 +217,49 @@ def test_what_nobody_sees_may_be_nan(isa, dtype, head_dim):
     o, lse, dq, dk, dv = actual
     assert (lse[:, empty] == -torch.inf).all()
     assert not any(x.any() for x in (o[empty], dq[empty], dk[unseen], dv[unseen]))
+
+
+@pytest.mark.parametrize("place", [0, 15, 16, 31, 40, 70, 255, 256, 299])
+@pytest.mark.parametrize("of", ["q", "k", "v"])
+def test_one_token_of_large_norm(isa, of, place):
+    """Exponents of 200, or values of 2^100: a reference fixed at 0 would overflow, or leave nothing of a sum."""
+    limits = causal(300)
+    leaves = leaves_of(limits, (8, 1), 64, torch.bfloat16)
+    leaves["qkv".index(of)].data[place] *= 2.0**100 if of == "v" else 60
+    check(leaves, limits, upstream_of(leaves, lse=of != "v"))
+
+
+@pytest.mark.parametrize("sizes", [(1, 60, 1), (60, 1, 60), (60, 1, 1), (1, 1, 60)], ids=str)
+@pytest.mark.parametrize("sign", [-1, 0, 1])
+def test_references_that_change_on_the_way(isa, sizes, sign):
+    """Blocks of keys of small and of large norm, in every order; with a sign all scores of a block are of that sign, so
+    that a row whose first keys are all far below 0 has to forget them, or those far above are all that counts.
+    """
+    starts = torch.tensor([0] * 60 + [300] * 40)  # 40 rows do not see the first block
+    limits = RowLimits.from_kv(starts, torch.full_like(starts, 700), 700, check=True)
+    q, k, v = leaves_of(limits, (2, 1), 32, torch.bfloat16)
+    if sign:
+        q.data[..., 0], k.data[..., 0] = 4, sign * 4
+    k.data *= torch.tensor(sizes).repeat_interleave(256)[:700, None, None]
+    check([q, k, v], limits, upstream_of([q], lse=True))
+
+
+@pytest.mark.parametrize("unseen", [3.0, 60.0, 1e4])
+@pytest.mark.parametrize("which", ["queries", "keys", "values"])
+def test_what_a_row_does_not_see_changes_no_bit_by_its_norm(isa, which, unseen):
+    """Rows and keys of another document in the same blocks: AMX bounds scores by the norms of whole blocks."""
+    row = torch.arange(200)
+    second = row >= 100
+    limits = RowLimits.from_kv(100 * second, torch.where(second, 200, 100), 200, check=True)
+    leaves = leaves_of(limits, (2, 1), 64, torch.bfloat16)
+    of_o, of_lse = upstream_of(leaves, lse=True)
+    upstream = [of_o * ~second[:, None, None], of_lse * ~second]
+    expected = run(leaves, limits, upstream)
+    leaves[("queries", "keys", "values").index(which)].data[second] *= unseen if which != "values" else 2.0**80
+    o, lse, *gradients = run(leaves, limits, upstream)
+    assert_same_bits(
+        [o[~second], lse[:, ~second], *gradients], [expected[0][~second], expected[1][:, ~second], *expected[2:]]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -292,3 +340,50 @@ def test_the_gradient_of_a_long_frame_keeps_its_precision(isa):
     limits = limits_of([Text(3), Frame(24, 28)])
     leaves = leaves_of(limits, (4, 1))
     check(leaves, limits, [torch.ones_like(leaves[0])])
+
+
+def test_instruction_sets_are_those_of_the_cpu():
+    flags = set(re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    needs = {
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+        "avx512_bf16": {"avx512f", "avx512_bf16"},
+        "amx": {"avx512_bf16", "amx_tile", "amx_bf16"},
+    }
+    able = [name for name in ("amx", "avx512_bf16", "avx512", "avx2") if needs[name] <= flags]
+    assert library.isas() == (*able, "base")
+    assert library.isa() == library.isas()[0]  # a model is never chosen by itself
+    assert library.models() == (("amx_model",) if "avx512_bf16" in able else ())
+
+
+needs_model = pytest.mark.skipif(not library.models(), reason="this CPU has no AVX512_BF16, which the model needs")
+
+
+@needs_model
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_the_check_before_amx_passes_what_is_right(head_dim):
+    assert native.agree("avx512_bf16", head_dim)
+
+
+@needs_model
+@pytest.mark.parametrize("wrong", range(5), ids=NAMES)
+def test_the_check_before_amx_refuses_what_is_wrong(monkeypatch, caplog, wrong):
+    """One element of one result differs, and what runs instead of AMX is the next best."""
+    trial = native._trial
+
+    def defective(isa: str, head_dim: int) -> list[Tensor]:
+        results = trial("amx_model", head_dim)
+        if isa == "amx":
+            results[wrong].view(-1)[results[wrong].abs().argmax()] *= 1.1
+        return results
+
+    native.agree.cache_clear()
+    monkeypatch.setattr(native, "_trial", defective)
+    monkeypatch.setattr(library, "isa", lambda: "amx")
+    q = torch.empty(1, 1, 64, dtype=torch.bfloat16)
+    assert native._isa(q) == native._host.ISA_VALUES["avx512_bf16"]
+    assert "frame_attention does not use amx: at head size 64" in caplog.text
+    assert native._isa(q.float()) == native._host.ISA_VALUES["amx"]  # computed without tiles
+    monkeypatch.setenv("LUMOS_CPU_ISA", "amx")
+    assert native._isa(q) == native._host.ISA_VALUES["amx"]
+    native.agree.cache_clear()

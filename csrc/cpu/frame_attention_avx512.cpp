@@ -4,7 +4,6 @@
 
 namespace lumos {
 
-const FrameAttentionKernels kFrameAttentionAvx512 = {forward_scratch<Fp32>, backward_scratch<Fp32>, forward_any,
-                                                 prepare_any,           backward_any,           finish_any};
+const FrameAttentionKernels kFrameAttentionAvx512 = kAnyInFp32;
 
 }  // namespace lumos

@@ -4,7 +4,6 @@
 
 namespace lumos {
 
-const FrameAttentionKernels kFrameAttentionBase = {forward_scratch<Fp32>, backward_scratch<Fp32>, forward_any,
-                                                 prepare_any,           backward_any,           finish_any};
+const FrameAttentionKernels kFrameAttentionBase = kAnyInFp32;
 
 }  // namespace lumos

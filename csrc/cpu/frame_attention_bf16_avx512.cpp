@@ -8,8 +8,6 @@
 
 namespace lumos {
 
-const FrameAttentionKernels kFrameAttentionAvx512Bf16 = {
-    forward_scratch<Bf16>, backward_scratch<Bf16>,        forward_tile<BFloat16, Bf16>,
-    prepare<BFloat16>,     backward_tile<BFloat16, Bf16>, finish<BFloat16>};
+const FrameAttentionKernels kFrameAttentionAvx512Bf16 = kBf16In<Bf16>;
 
 }  // namespace lumos

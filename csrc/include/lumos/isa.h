@@ -3,8 +3,9 @@
 
 namespace lumos {
 
-/// Ordered from the weakest to the strongest; the value is what Python hands to an op.
-enum class Isa : int { base, avx2, avx512 };
+/// Ordered from the weakest to the strongest; the value is what Python hands to an op. An op without code for one of
+/// them runs the next weaker. amx_model is amx with its tiles in software: slow, for tests, never chosen by itself.
+enum class Isa : int { base, avx2, avx512, avx512_bf16, amx, amx_model };
 
 struct IsaInfo {
   Isa isa;
@@ -12,8 +13,8 @@ struct IsaInfo {
   bool (*supported)();
 };
 
-/// All of them, best first.
-inline constexpr int kIsaCount = 3;
+/// All of them, best first, the model last.
+inline constexpr int kIsaCount = 6;
 extern const IsaInfo kIsas[kIsaCount];
 
 }  // namespace lumos

@@ -145,13 +145,11 @@ inline Vec lane_numbers() {
   return load(numbers);
 }
 
-/// 2^x for x <= 0, exactly 1 at 0; 0 below 2^-126. kDegree 3, 5 or 6: relative error 1e-4, 9e-8 or 2e-9 before rounding
-/// (least largest relative error on [-1/2, 1/2] with the constant term held at 1).
+/// 2^f for |f| <= 1/2, exactly 1 at 0. kDegree 3, 5 or 6: relative error 1e-4, 9e-8 or 2e-9 before rounding (least
+/// largest relative error with the constant term held at 1).
 template <int kDegree>
-inline Vec exp2(Vec x) {
+inline Vec exp2_fraction(Vec f) {
   static_assert(kDegree == 3 || kDegree == 5 || kDegree == 6);
-  const Vec power = round_to_integer(x);
-  const Vec f = x - power;
   Vec y;
   if constexpr (kDegree == 3) {
     y = fma(broadcast(0x1.c2a218p-5f), f, broadcast(0x1.f00c4cp-3f));
@@ -168,7 +166,22 @@ inline Vec exp2(Vec x) {
     y = fma(y, f, broadcast(0x1.ebfbdcp-3f));
     y = fma(y, f, broadcast(0x1.62e430p-1f));
   }
-  return times_power_of_2(fma(y, f, broadcast(1.0f)), power, x);
+  return fma(y, f, broadcast(1.0f));
+}
+
+/// 2^x for x <= 0, exactly 1 at 0; 0 below 2^-126.
+template <int kDegree>
+inline Vec exp2(Vec x) {
+  const Vec power = round_to_integer(x);
+  return times_power_of_2(exp2_fraction<kDegree>(x - power), power, x);
+}
+
+/// 2^(a b - reference) for an integer reference, up to 2^127; 0 below 2^-126. Another reference changes the result by
+/// that power of 2 exactly, as long as it is not 0.
+template <int kDegree>
+inline Vec exp2_product(Vec a, Vec b, Vec reference) {
+  const Vec power = round_to_integer(a * b), rest = power - reference;
+  return times_power_of_2(exp2_fraction<kDegree>(fms(a, b, power)), rest, rest - broadcast(0.5f));
 }
 
 }  // namespace
