@@ -27,12 +27,14 @@ MIN_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample, the cl
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 MEMORY_SHARE = 0.8  # of the free memory that a contestant may ask for
 CACHE_BYTES = 256 * 2**20  # written between samples on a GPU: more than any last-level cache
+HEAD_START_CYCLES = 1_500_000  # about 0.8 ms: longer than the host takes to enqueue a forward and a backward pass
 
 
 @dataclass
 class Row:
     """One contestant's result. Figures are None unless status is "ok"; a ceiling has no error.
 
+    status: "ok", "wrong", "failed" (a rival raised: reason says what), "no memory" or "missing" (not installed).
     median_s, min_s, iqr_s: seconds of a call, the median, the smallest and the interquartile range of the samples.
     rate: GB/s or GFLOP/s of useful work. ratio: how many times as long as the best of ours it takes.
     of_ceiling: its share of the fastest ceiling's rate. peak_extra_bytes: beyond the inputs.
@@ -69,20 +71,25 @@ def cpu_clock(call: Callable[[], Any], repeats: int) -> float:
 
 
 class CudaClock:
-    """CUDA events around the calls, after a write that empties the cache and gives the host a head start."""
+    """CUDA events around each call, after a write that empties the cache.
+
+    The device then sleeps while the host enqueues the call: what is timed is the device's work, as in a training step
+    whose host runs ahead, and not Python. A call that makes the host wait for the device still pays for it.
+    """
 
     def __init__(self) -> None:
         self.cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
 
     def __call__(self, call: Callable[[], Any], repeats: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.cache.zero_()
-        start.record()
-        for _ in range(repeats):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            self.cache.zero_()
+            torch.cuda._sleep(HEAD_START_CYCLES)
+            start.record()
             call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+            end.record()
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) * 1e-3
 
 
 def clock_for(device: str) -> Clock:
@@ -140,19 +147,56 @@ def error_limits(yardstick: list[float], dtype: torch.dtype) -> list[float]:
     return [2 * error + 2 * eps for error in yardstick]
 
 
-def check(bench: OpBench, case: Case, contestants: list[Contestant], device: str) -> dict[str, tuple[float, float]]:
-    """(error, limit) of each contestant that is no ceiling, against the reference in the next wider dtype."""
+def check(
+    bench: OpBench,
+    case: Case,
+    contestants: list[Contestant],
+    device: str,
+    failed: dict[str, str] | None = None,
+    announce: Callable[[str], None] = lambda name: None,
+) -> dict[str, tuple[float, float]]:
+    """(error, limit) of each contestant that is no ceiling, against the reference in the next wider dtype.
+
+    failed: collects what a contestant raised, by name; without it the exception goes to the caller.
+    announce: told each contestant's name before it runs, so that a caller can tell who took the process down.
+    """
     wide = torch.float64 if case.dtype == torch.float32 else torch.float32
+    announce("reference")
     exact = once(Contestant("reference", bench.reference), bench.build(case, device, wide))
     inputs = bench.build(case, device, case.dtype)
     checked = [contestant for contestant in contestants if contestant.role != CEILING]
-    errors = {c.name: relative_errors(once(c, prepared(c, inputs)), exact) for c in checked}
+    checked.sort(key=lambda contestant: contestant.name != bench.yardstick)  # it sets the others' limits
+    errors: dict[str, list[float]] = {}
+    for contestant in checked:
+        announce(contestant.name)
+        with _collected(failed, contestant.name):
+            errors[contestant.name] = relative_errors(once(contestant, prepared(contestant, inputs)), exact)
+    if bench.yardstick not in errors:
+        raise RuntimeError(f"the yardstick {bench.yardstick!r} failed: {(failed or {}).get(bench.yardstick)}")
     limits = error_limits(errors[bench.yardstick], case.dtype)
+    slack = {contestant.name: contestant.slack for contestant in checked}
 
     def share(pair: tuple[float, float]) -> float:
         return math.inf if math.isnan(pair[0]) else pair[0] / pair[1]
 
-    return {name: max(zip(own, limits, strict=True), key=share) for name, own in errors.items()}
+    return {
+        name: max(((error, slack[name] * limit) for error, limit in zip(own, limits, strict=True)), key=share)
+        for name, own in errors.items()
+    }
+
+
+@contextlib.contextmanager
+def _collected(failed: dict[str, str] | None, name: str) -> Iterator[None]:
+    """Puts what is raised inside into failed[name]. Where the device itself is lost, it goes on to the caller."""
+    try:
+        yield
+    except Exception as error:
+        if failed is None:
+            raise
+        failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+        error.__traceback__ = None  # it holds the tensors of the call
+    if failed is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def interleave(
@@ -190,8 +234,14 @@ def measure_case(
     threads: int | None = None,
     with_memory: bool = True,
     contestants: list[Contestant] | None = None,
+    tolerant: bool = False,
+    announce: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
-    """Rows of all contestants of a case (by default those of the registry): checked, timed, their peak memory taken."""
+    """Rows of all contestants of a case (by default those of the registry): checked, timed, their peak memory taken.
+
+    tolerant: a contestant that raises gets the status "failed" instead of ending the measurement.
+    announce: see check.
+    """
     bench, threads = ops()[case.op], threads or torch.get_num_threads()
     contestants = bench.contestants(case, device) if contestants is None else contestants
     rows = {contestant.name: Row(contestant.name, contestant.role) for contestant in contestants}
@@ -201,30 +251,65 @@ def measure_case(
             row = rows[contestant.name]
             row.status = "no memory"
             row.reason = f"needs about {contestant.memory(case) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    failed: dict[str, str] | None = {} if tolerant else None
     with torch_threads(threads):
-        _check_rows(bench, case, device, contestants, rows)
-        running = [contestant for contestant in contestants if rows[contestant.name].status == "ok"]
-        inputs = bench.build(case, device, case.dtype)
-        calls = {c.name: functools.partial(once, c, prepared(c, inputs)) for c in running}
+        _check_rows(bench, case, device, contestants, rows, failed, announce)
+        calls = _calls(bench, case, device, [c for c in contestants if rows[c.name].status == "ok"], failed, announce)
+        for name, reason in (failed or {}).items():
+            rows[name].status, rows[name].reason = "failed", reason
+        announce("timing")
         samples = interleave(calls, seconds, clock_for(device))
+    running = [contestant for contestant in contestants if contestant.name in calls]
     _fill(bench, case, running, rows, samples)
-    if with_memory:
-        for contestant in running:
-            if contestant.role != CEILING:
-                rows[contestant.name].peak_extra_bytes = memory.contestant_peak(
-                    case.key, contestant.name, device, threads
-                )
+    for contestant in running if with_memory else ():
+        if contestant.role != CEILING:
+            announce(contestant.name)
+            rows[contestant.name].peak_extra_bytes = (
+                memory.cuda_peak(calls[contestant.name])
+                if device == "cuda"
+                else memory.contestant_peak(case.key, contestant.name, device, threads)
+            )
     return list(rows.values())
 
 
-def _check_rows(bench: OpBench, case: Case, device: str, contestants: list[Contestant], rows: dict[str, Row]) -> None:
+def _calls(
+    bench: OpBench,
+    case: Case,
+    device: str,
+    contestants: list[Contestant],
+    failed: dict[str, str] | None,
+    announce: Callable[[str], None],
+) -> dict[str, Callable[[], Any]]:
+    """A call of each contestant on the same inputs, what the caller keeps between calls prepared."""
+    inputs = bench.build(case, device, case.dtype)
+    calls = {}
+    for contestant in contestants:
+        announce(contestant.name)
+        with _collected(failed, contestant.name):
+            calls[contestant.name] = functools.partial(once, contestant, prepared(contestant, inputs))
+            if failed is not None:
+                calls[contestant.name]()
+    return {name: call for name, call in calls.items() if name not in (failed or {})}
+
+
+def _check_rows(
+    bench: OpBench,
+    case: Case,
+    device: str,
+    contestants: list[Contestant],
+    rows: dict[str, Row],
+    failed: dict[str, str] | None,
+    announce: Callable[[str], None],
+) -> None:
     """Fills error and limit, and takes the figures away from those that compute something else."""
     able = [contestant for contestant in contestants if rows[contestant.name].status == "ok"]
-    for name, (error, limit) in check(bench, case, able, device).items():
+    for name, (error, limit) in check(bench, case, able, device, failed, announce).items():
         row = rows[name]
         row.error, row.limit = error, limit
         if not error <= limit:  # NaN fails too
             row.status, row.reason = "wrong", f"relative error {error:.1e} against the reference, allowed {limit:.1e}"
+    for name, reason in (failed or {}).items():
+        rows[name].status, rows[name].reason = "failed", reason
 
 
 def _fill(

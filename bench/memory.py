@@ -67,6 +67,12 @@ def contestant_peak(case_key: str, contestant: str, device: str, threads: int) -
     return run_child("bench.memory", [case_key, contestant, "--device", device, "--threads", str(threads)])
 
 
+def cuda_peak(call: Callable[[], Any]) -> int:
+    """Bytes a call needs at its peak on the GPU, in this process: torch counts what its allocator hands out."""
+    before, highest = [peak_of(call, "cuda") for _ in range(2)][-1]
+    return highest - before
+
+
 def _status_bytes(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))[1])
 

@@ -7,6 +7,7 @@ dispatch accepts on the device is a contestant. A rival that is not installed is
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +76,9 @@ class Contestant:
         result replaces the inputs.
     available: whether it runs the case on this device type.
     memory: bytes it needs beyond the inputs, where that may exceed the machine's.
+    requires: modules it imports; one that is not installed makes it a missing row.
+    slack: how many times the error limit it may reach. 1 for ours; other libraries round where we do not (gradients
+        summed in bf16, say): they get a figure, and their error stands beside it.
     """
 
     name: str
@@ -84,6 +88,21 @@ class Contestant:
     available: Callable[[Case, str], bool] = lambda case, device: True
     memory: Callable[[Case], int] = lambda case: 0
     work: Callable[[Case], Work] | None = None
+    requires: tuple[str, ...] = ()
+    slack: float = 1.0
+
+    def missing(self) -> str | None:
+        """Why it cannot be imported here; None where it can."""
+        absent = [module for module in self.requires if not installed(module)]
+        return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def installed(module: str) -> bool:
+    """Whether the dotted module can be found, without importing it (its parents are imported)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a parent that is absent, or that lacks what it imports itself
+        return False
 
 
 @dataclass(frozen=True)
@@ -115,7 +134,14 @@ class OpBench:
             for impl in op.implementations
             if op.refusal(impl, problem) is None
         ]
-        return ours + [rival for rival in self.rivals if rival.available(case, device)]
+        return ours + [rival for rival in self._able(case, device) if rival.missing() is None]
+
+    def missing(self, case: Case, device: str) -> dict[str, str]:
+        """Rivals that could run the case on the device if they were installed, and what they lack."""
+        return {rival.name: reason for rival in self._able(case, device) if (reason := rival.missing())}
+
+    def _able(self, case: Case, device: str) -> list[Contestant]:
+        return [rival for rival in self.rivals if rival.available(case, device)]
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
         return self.ours(inputs, "reference")

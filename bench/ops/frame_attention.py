@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
-from bench import formulas
+from bench import formulas, rivals_attention
 from bench.formulas import Work
 from bench.registry import CEILING, Case, Contestant, Inputs, OpBench, grid
 from bench.shapes import (
@@ -33,7 +33,8 @@ from bench.shapes import (
 from lumos_kernels import RowLimits, frame_attention
 
 MASKED = -9.22e18  # what the official mask holds where nothing may be seen
-MATMUL_SIZE = 2048
+FLASH_ATTN = ((2, "", "flash_attn.flash_attn_interface"), (4, "-4", "flash_attn.cute"))  # version, suffix, module
+MATMUL_SIZE, GPU_MATMUL_SIZE = 2048, 8192
 
 
 def build(case: Case, device: str, dtype: torch.dtype) -> Inputs:
@@ -167,12 +168,12 @@ def _has_flex(case: Case, device: str) -> bool:
 
 
 def _with_matrices(inputs: Inputs) -> Inputs:
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).to(inputs.q).detach()
-    return Inputs({"a": a, "b": b})
+    size = GPU_MATMUL_SIZE if inputs.q.is_cuda else MATMUL_SIZE
+    return Inputs(dict(zip("ab", torch.randn(2, size, size).to(inputs.q).detach(), strict=True)))
 
 
 def matmul(inputs: Inputs) -> tuple[Tensor, ...]:
-    """A square matmul of 2,048: what the machine's library reaches."""
+    """A square matmul, large enough for the device: what the machine's library reaches."""
     return (inputs.a @ inputs.b,)
 
 
@@ -181,10 +182,69 @@ def work(case: Case) -> Work:
     return formulas.attention_flops(pairs, case.model.heads, case.model.head_dim, case.backward)
 
 
+def _matmul(size: int, device: str) -> Contestant:
+    return Contestant(
+        "matmul",
+        matmul,
+        CEILING,
+        prepare=_with_matrices,
+        work=lambda case: Work(2 * size**3, "FLOP"),
+        available=lambda case, where: where == device,
+    )
+
+
+def _on_gpu(case: Case, device: str) -> bool:
+    return device == "cuda"
+
+
+def _in_half_precision_on_gpu(case: Case, device: str) -> bool:
+    return device == "cuda" and case.dtype != torch.float32
+
+
 def _mask_bytes(case: Case) -> int:
     """SDPA on a mask may hold it in fp32, and the scores of one head besides."""
     return 10 * case.video.tokens**2
 
+
+# The causal ones compute another mask of nearly as many pairs, so they are no rivals in time but ceilings by rate.
+GPU_RIVALS = (
+    Contestant("FlexAttention", rivals_attention.flex, prepare=rivals_attention.flex_prepare(), available=_on_gpu),
+    Contestant(
+        "FlexAttention FLASH",
+        rivals_attention.flex,
+        prepare=rivals_attention.flex_prepare(backend="FLASH"),
+        available=_in_half_precision_on_gpu,
+        requires=("flash_attn.cute",),
+    ),
+    *(
+        Contestant(
+            f"flash-attn{suffix} per frame",
+            rivals_attention.flash_per_frame(version),
+            prepare=_with_calls,
+            available=_in_half_precision_on_gpu,
+            requires=(module,),
+        )
+        for version, suffix, module in FLASH_ATTN
+    ),
+    Contestant(
+        "cuDNN causal",
+        rivals_attention.cudnn_causal,
+        CEILING,
+        work=rivals_attention.causal_work,
+        available=_in_half_precision_on_gpu,
+    ),
+    *(
+        Contestant(
+            f"flash-attn{suffix} causal",
+            rivals_attention.flash_causal(version),
+            CEILING,
+            work=rivals_attention.causal_work,
+            available=_in_half_precision_on_gpu,
+            requires=(module,),
+        )
+        for version, suffix, module in FLASH_ATTN
+    ),
+)
 
 BENCH = OpBench(
     name="frame_attention",
@@ -195,9 +255,9 @@ BENCH = OpBench(
         Contestant("flex_attention", flex, prepare=_with_block_mask, available=_has_flex),
         Contestant("SDPA dense mask", dense_mask, prepare=_with_mask, memory=_mask_bytes),
         Contestant("official style", official_style, prepare=_with_official_mask, memory=_mask_bytes),
-        Contestant(
-            "matmul", matmul, CEILING, prepare=_with_matrices, work=lambda case: Work(2 * MATMUL_SIZE**3, "FLOP")
-        ),
+        *GPU_RIVALS,
+        _matmul(MATMUL_SIZE, "cpu"),
+        _matmul(GPU_MATMUL_SIZE, "cuda"),
     ),
     yardstick="SDPA per frame",
     work=work,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import formulas
+from bench import formulas, rivals_rope
 from bench.formulas import Work
 from bench.registry import CEILING, Case, Contestant, Inputs, OpBench, grid
 from bench.shapes import IMAGE_256P, M1B, M3B, SMOKE, TINY, VIDEO_256P, VIDEO_384P
@@ -42,6 +42,7 @@ def build(case: Case, device: str, dtype: torch.dtype) -> Inputs:
         "content": layout.content,
         "q_norm": tuple(norms[:2]),
         "k_norm": tuple(norms[2:]),
+        "eps": EPS,
     }
     if not case.backward:
         return Inputs(args)
@@ -54,15 +55,23 @@ def ours(inputs: Inputs, impl: str) -> tuple[Tensor, ...]:
     return mm_rope(q, k, positions, theta=THETA, q_norm=q_norm, k_norm=k_norm, eps=EPS, impl=impl)
 
 
+def _eager_arguments(inputs: Inputs) -> tuple:
+    inv_freq = inverse_frequencies(THETA, inputs.q.shape[-1], inputs.q.device)
+    return inputs.q, inputs.k, inputs.positions, inputs.q_norm, inputs.k_norm, inv_freq, EPS
+
+
 def eager(inputs: Inputs) -> tuple[Tensor, ...]:
     """The reference's forward as plain PyTorch under autograd: fp32 inside, one rounding."""
-    inv_freq = inverse_frequencies(THETA, inputs.q.shape[-1], inputs.q.device)
-    return reference.forward(inputs.q, inputs.k, inputs.positions, inputs.q_norm, inputs.k_norm, inv_freq, EPS)
+    return reference.forward(*_eager_arguments(inputs))
+
+
+def _tables(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return official_tables(inputs.positions, inputs.content, THETA, inputs.q.shape[-1], inputs.q.dtype)
 
 
 def official_style(inputs: Inputs) -> tuple[Tensor, ...]:
     """What every layer of the official model does: tables from the positions, LayerNorm, rotate_half."""
-    cos, sin = official_tables(inputs.positions, inputs.content, THETA, inputs.q.shape[-1], inputs.q.dtype)
+    cos, sin = _tables(inputs)
     q, k = (official_layer_norm(x, norm) for x, norm in ((inputs.q, inputs.q_norm), (inputs.k, inputs.k_norm)))
     return official_rotate(q, cos[:, None], sin[:, None]), official_rotate(k, cos[:, None], sin[:, None])
 
@@ -140,6 +149,10 @@ def _copy_work(case: Case) -> Work:
     return formulas.mm_rope_bytes(case.video.tokens, heads, case.model.head_dim, case.dtype.itemsize, backward=False)
 
 
+def _on_gpu(case: Case, device: str) -> bool:
+    return device == "cuda"
+
+
 BENCH = OpBench(
     name="mm_rope",
     build=build,
@@ -147,6 +160,15 @@ BENCH = OpBench(
     rivals=(
         Contestant("eager", eager),
         Contestant("official style", official_style),
+        Contestant(
+            "Liger chain",
+            rivals_rope.liger,
+            prepare=rivals_rope.liger_prepare(_tables),
+            available=_on_gpu,
+            requires=("liger_kernel",),
+            slack=4.0,
+        ),
+        Contestant("torch.compile", rivals_rope.compiled(reference.forward, _eager_arguments), available=_on_gpu),
         Contestant("copy", copy, CEILING, prepare=_with_copies, work=_copy_work),
         Contestant("clone", clone, CEILING, prepare=_with_copies, work=_copy_work),
     ),

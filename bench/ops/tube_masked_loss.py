@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench import formulas
+from bench import formulas, rivals_loss
 from bench.formulas import Work
 from bench.registry import CEILING, Case, Contestant, Inputs, OpBench, grid
 from bench.shapes import (
@@ -28,7 +28,7 @@ from lumos_kernels.tube_loss.api import VISUAL_CLASSES
 
 VOCABULARY = VISUAL_CLASSES[1]
 SMOKE_CLASSES = (192, 512)  # with a vocabulary of 512
-CHUNK_ROWS = 1024  # 131 MB of bf16 logits a chunk
+CHUNK_ROWS = {"cpu": 1024, "cuda": 4096}  # 131 and 524 MB of bf16 logits a chunk
 
 
 def build(case: Case, device: str, dtype: torch.dtype) -> Inputs:
@@ -69,21 +69,15 @@ def official_style(inputs: Inputs) -> tuple[Tensor, ...]:
     return (eager_loss(inputs.hidden, inputs.weight, inputs.labels, inputs.classes),)
 
 
-def _selected(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden and class index of the target rows, and the class slice of the weight."""
-    first, last = inputs.classes
-    rows = inputs.rows.long()
-    return inputs.hidden[rows], inputs.weight[first:last], inputs.labels[rows] - first
-
-
 def chunked(inputs: Inputs) -> tuple[Tensor, ...]:
     """Target rows and class slice only, in chunks whose logits are recomputed in backward: what plain torch can do."""
-    hidden, weight, targets = _selected(inputs)
+    hidden, weight, targets = rivals_loss.selected(inputs)
+    rows = CHUNK_ROWS[hidden.device.type]
 
     def chunk_loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight).float(), target, reduction="sum")
 
-    chunks = zip(hidden.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
     if inputs.leaves:
         losses = [checkpoint(chunk_loss, x, weight, target, use_reentrant=False) for x, target in chunks]
     else:
@@ -97,7 +91,7 @@ def torch_linear_cross_entropy(inputs: Inputs) -> tuple[Tensor, ...]:
     torch 2.13 sums its loss in bf16: of 1,434 rows it reports 8.0 for 11.09, with right gradients, whatever the
     options, and so gets no figure in bf16.
     """
-    hidden, weight, targets = _selected(inputs)
+    hidden, weight, targets = rivals_loss.selected(inputs)
     loss = F.linear_cross_entropy(hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions())
     return (loss.float(),)
 
@@ -107,14 +101,15 @@ def _has_linear_cross_entropy(case: Case, device: str) -> bool:
 
 
 def _with_slices(inputs: Inputs) -> Inputs:
-    x, weight, _ = (t.detach() for t in _selected(inputs))
-    return Inputs({"x": x, "weight": weight, "dlogits": x.new_empty(min(CHUNK_ROWS, len(x)), len(weight)).normal_()})
+    x, weight, _ = (t.detach() for t in rivals_loss.selected(inputs))
+    rows = min(CHUNK_ROWS[x.device.type], len(x))
+    return Inputs({"x": x, "weight": weight, "dlogits": x.new_empty(rows, len(weight)).normal_()})
 
 
 def three_matmuls(inputs: Inputs) -> tuple[Tensor, ...]:
     """The matmuls of forward and backward alone, chunk by chunk, through torch.mm."""
     dweight = torch.zeros_like(inputs.weight)
-    for x in inputs.x.split(CHUNK_ROWS):
+    for x in inputs.x.split(len(inputs.dlogits)):
         dlogits = inputs.dlogits[: len(x)]
         torch.mm(x, inputs.weight.T)
         torch.mm(dlogits, inputs.weight)
@@ -138,6 +133,38 @@ def _official_bytes(case: Case) -> int:
     return case.video.tokens * classes[1] * (12 if case.backward else 10)
 
 
+def _on_gpu(case: Case, device: str) -> bool:
+    return device == "cuda"
+
+
+def _in_half_precision_on_gpu(case: Case, device: str) -> bool:
+    return device == "cuda" and case.dtype != torch.float32
+
+
+def _all_logits(case: Case) -> int:
+    """Logits of the target rows in the activation dtype, in fp32, and their gradients."""
+    first, last = case.options.get("classes", VISUAL_CLASSES)
+    return case.video.targets * (last - first) * (12 if case.backward else 6)
+
+
+GPU_RIVALS = (
+    Contestant("Liger", rivals_loss.liger(None), available=_on_gpu, requires=("liger_kernel",), slack=8.0),
+    Contestant(
+        "Liger, fp32 sums", rivals_loss.liger(torch.float32), available=_on_gpu, requires=("liger_kernel",), slack=8.0
+    ),
+    Contestant(
+        "CCE exact",
+        rivals_loss.cut_cross_entropy,
+        available=_in_half_precision_on_gpu,
+        requires=("cut_cross_entropy",),
+        slack=8.0,
+    ),
+    Contestant(
+        "QuACK", rivals_loss.quack, available=_in_half_precision_on_gpu, requires=("quack", "cutlass"), slack=8.0
+    ),
+    Contestant("torch.compile, all logits", rivals_loss.compiled_slice, available=_on_gpu, memory=_all_logits),
+)
+
 BENCH = OpBench(
     name="tube_masked_loss",
     build=build,
@@ -145,6 +172,7 @@ BENCH = OpBench(
     rivals=(
         Contestant("torch linear_cross_entropy", torch_linear_cross_entropy, available=_has_linear_cross_entropy),
         Contestant("chunked cross entropy", chunked),
+        *GPU_RIVALS,
         Contestant("official style", official_style, memory=_official_bytes),
         Contestant("three matmuls", three_matmuls, CEILING, prepare=_with_slices, work=_all_work),
     ),
