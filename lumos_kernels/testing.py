@@ -63,7 +63,9 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor, name: str = "output")
         )
 
 
-def awkward_gradients(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+def awkward_gradients(
+    shape: Sequence[int], dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
     """Upstream gradients as autograd really delivers them: (name, tensor of `shape`) for each kind of stride.
 
     gradcheck and opcheck both pass a backward that ignores the strides of its gradient; these do not.
@@ -71,7 +73,7 @@ def awkward_gradients(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(dtype)
+        return torch.randn(*size, generator=generator).to(device=device, dtype=dtype)
 
     *outer, last = shape
     yield "dense", rand(*shape)

@@ -1,0 +1,30 @@
+"""What a run of the GPU tests is told by LUMOS_GPU_TESTS (conftest.py lists the keys)."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from lumos_kernels import dispatch
+
+CPU_IMPLEMENTATIONS = ("native", "reference")
+
+
+def settings() -> dict[str, Any]:
+    return json.loads(os.environ.get("LUMOS_GPU_TESTS", "{}"))
+
+
+def device() -> str:
+    return settings().get("device", "cuda")
+
+
+def implementations() -> list[tuple[str, str]]:
+    """(op, implementation) under test: on a GPU all but the CPU's, in the dry run those."""
+    wanted = settings().get("ops", list(dispatch.ops()))
+    return [
+        (name, impl)
+        for name, op in dispatch.ops().items()
+        for impl in op.implementations
+        if name in wanted and (impl in CPU_IMPLEMENTATIONS) == (device() == "cpu")
+    ]

@@ -1,0 +1,210 @@
+"""The GPU tests themselves, on the CPU: they pass on what is right, and each kind of fault is caught by its test."""
+
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lumos_kernels import RowLimits
+from lumos_kernels.frame_attention import reference as attention
+from lumos_kernels.masked_sample import reference as sample
+from lumos_kernels.mm_rope import reference as rope
+from lumos_kernels.tube_loss import reference as loss
+
+FOLDER = Path(__file__).parent / "gpu"
+DRY_RUN = json.dumps({"device": "cpu"})
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """A test file of tests/gpu as a module, set to the dry run."""
+    monkeypatch.setenv("LUMOS_GPU_TESTS", DRY_RUN)
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"dry_run_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def _leak(forward, q, k, v, limits, scale):
+    """Every row sees one key more than it may."""
+    kv_end = (limits.kv_end + 1).clamp_max(limits.num_keys)
+    return forward(q, k, v, RowLimits(limits.kv_start, kv_end, limits.q_start, limits.q_end), scale)
+
+
+def _scaled(forward, q, k, v, limits, scale):
+    return forward(q, k, v, limits, scale * (1.0 if q.dtype == torch.float64 else 1.02))
+
+
+def _leak_backward(backward, grad_o, grad_lse, q, k, v, o, lse, limits, *options):
+    dq, dk, dv = backward(grad_o, grad_lse, q, k, v, o, lse, limits, *options)
+    return dq, dk, dv if q.dtype == torch.float64 else dv + 0.3 * dv.abs().mean(0, keepdim=True)
+
+
+def _keyless(forward, q, k, v, limits, scale):
+    o, lse = forward(q, k, v, limits, scale)
+    return torch.where((limits.kv_end > limits.kv_start)[:, None, None], o, v[0, 0]), lse
+
+
+def _mixed_tokens(forward, q, *rest):
+    q_out, k_out = forward(q, *rest)
+    return q_out, k_out + 1e-2 * k_out.mean(0, keepdim=True)
+
+
+def _turned(forward, q, k, positions, *rest):
+    """Wrong in the first call alone: the ones after it are the yardstick."""
+    first = not hasattr(positions, "met")
+    positions.met = True
+    return forward(q, k, positions + first, *rest)
+
+
+def _unwritten(forward, q, *rest):
+    q_out, k_out = forward(q, *rest)
+    out = torch.empty(q_out.shape, dtype=q_out.dtype)
+    out[:-1] = q_out[:-1]
+    return out, k_out
+
+
+def _random(forward, q, *rest):
+    q_out, k_out = forward(q, *rest)
+    return q_out * (1 + 0.1 * torch.rand(())), k_out
+
+
+def _in_place(forward, q, *rest):
+    outputs = forward(q, *rest)
+    q.mul_(2)
+    return outputs
+
+
+def _dense_strides(backward, grad_q, *rest):
+    """Reads the gradient as if it were contiguous."""
+    strides = torch.empty(grad_q.shape, device="meta").stride()
+    needed = sum((size - 1) * stride for size, stride in zip(grad_q.shape, strides, strict=True)) + 1
+    room = grad_q.untyped_storage().nbytes() // grad_q.element_size() - grad_q.storage_offset()
+    return backward(grad_q.as_strided(grad_q.shape, strides) if room >= needed else grad_q, *rest)
+
+
+def _ignored_row(forward, hidden, weight, targets, rows, *rest):
+    *stats, dhidden, dweight = forward(hidden, weight, targets, rows, *rest)
+    if dhidden is not None:
+        ignored = torch.ones(len(hidden), dtype=torch.bool).index_fill_(0, rows, False).nonzero()[0]
+        dhidden[ignored] = 1e-6
+    return *stats, dhidden, dweight
+
+
+def _shifted_loss(forward, hidden, *rest):
+    nll, *others = forward(hidden, *rest)
+    return nll * (1.0 if hidden.dtype == torch.float64 else 1.01), *others
+
+
+def _next_key(forward, cond, uncond, weight, row_keys, *rest):
+    return forward(cond, uncond, weight, None if row_keys is None else row_keys + 1, *rest)
+
+
+def _mixed_rows(forward, cond, *rest):
+    return forward(cond + cond.mean(0, keepdim=True), *rest)
+
+
+def _certain(forward, *arguments):
+    ids, confidence = forward(*arguments)
+    return ids, confidence.sqrt()
+
+
+FAULTS = [  # reference module, function, fault, file, test
+    (attention, "forward", _leak, "test_values", "test_later_frames_and_other_documents_do_not_matter"),
+    (attention, "backward", _leak_backward, "test_values", "test_later_frames_and_other_documents_do_not_matter"),
+    (attention, "forward", _scaled, "test_values", "test_attention_is_as_close_to_fp64_as_sdpa"),
+    (
+        attention,
+        "backward",
+        _leak_backward,
+        "test_contracts",
+        "test_the_fast_backward_is_as_close_as_the_deterministic_one",
+    ),
+    (attention, "forward", _keyless, "test_values", "test_rows_without_keys_give_zero"),
+    (rope, "forward", _mixed_tokens, "test_values", "test_a_token_is_rotated_by_itself_alone"),
+    (rope, "forward", _turned, "test_values", "test_rope_is_as_close_to_fp64_as_eager_code"),
+    (rope, "forward", _unwritten, "test_contracts", "test_every_element_is_written"),
+    (rope, "forward", _random, "test_contracts", "test_fifty_runs_give_the_same_bits"),
+    (rope, "forward", _in_place, "test_contracts", "test_inputs_are_left_alone"),
+    (rope, "backward", _dense_strides, "test_contracts", "test_awkward_upstream_gradients"),
+    (loss, "forward", _ignored_row, "test_values", "test_ignored_rows_and_other_classes_do_not_matter"),
+    (loss, "forward", _shifted_loss, "test_values", "test_loss_is_as_close_to_fp64_as_the_official_way"),
+    (sample, "forward", _next_key, "test_values", "test_draws_are_the_keys_and_confidence_their_probability"),
+    (sample, "forward", _certain, "test_values", "test_draws_are_the_keys_and_confidence_their_probability"),
+    (sample, "forward", _mixed_rows, "test_values", "test_a_row_is_drawn_by_itself_alone"),
+]
+OP_OF = {attention: "frame_attention", rope: "mm_rope", loss: "tube_masked_loss", sample: "masked_sample"}
+
+
+def call(module, test, op):
+    known = {"op": op, "impl": "reference", "device": "cpu", "dtype": torch.bfloat16, "frame": 1}
+    if hasattr(module, "SIZES"):
+        known["size"] = module.SIZES[0]
+    function = getattr(module, test)
+    function(**{name: known[name] for name in inspect.signature(function).parameters})
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "fault", "file", "test"),
+    FAULTS,
+    ids=[
+        f"{OP_OF[module]}{fault.__name__}" + ("-fast" if "fast" in test else "") for module, _, fault, _, test in FAULTS
+    ],
+)
+def test_a_fault_is_caught(module, function, fault, file, test, load, monkeypatch):
+    tests = load(file)
+    call(tests, test, OP_OF[module])
+    right = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *arguments: fault(right, *arguments))
+    with pytest.raises(AssertionError):
+        call(tests, test, OP_OF[module])
+
+
+def _pytest(*arguments, **settings):
+    environment = {**os.environ, "LUMOS_GPU_TESTS": json.dumps(settings)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER), *arguments]
+    return subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
+
+
+def test_the_outcome_of_every_test_is_on_file_and_done_ones_are_left_out(tmp_path):
+    outcomes, done = tmp_path / "outcomes", tmp_path / "done"
+    selection = "-k", "left_alone or past_int32"
+    run = _pytest(*selection, device="cpu", ops=["mm_rope"], outcomes=str(outcomes))
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    started = [line["test"] for line in lines if line.get("outcome") == "started"]
+    ended = {line["test"]: line["outcome"] for line in lines if line.get("outcome") in ("passed", "failed", "skipped")}
+    assert set(started) == set(ended)
+    assert {line["pair"][0] for line in lines if line.get("pair")} == {"mm_rope"}
+    assert sorted(set(ended.values())) == ["passed", "skipped"]
+
+    done.write_text("\n".join(started[:1]))
+    outcomes.unlink()
+    _pytest(*selection, device="cpu", ops=["mm_rope"], outcomes=str(outcomes), done=str(done))
+    again = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    assert [line["test"] for line in again if line.get("outcome") == "started"] == started[1:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: they run on it")
+def test_they_are_collected_and_deselected_without_a_gpu():
+    run = _pytest("--collect-only")
+    assert "no tests collected" in run.stdout, run.stdout + run.stderr
+    assert "deselected" in run.stdout
+    assert "error" not in run.stdout
+
+
+@pytest.mark.slow
+def test_they_pass_on_the_cpu_implementations():
+    run = _pytest(device="cpu")
+    assert run.returncode == 0, run.stdout + run.stderr
