@@ -63,7 +63,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
     ]
     for case in result["cases"]:
-        lines += [f"## {case['case']}", "", *_table(case), ""]
+        lines += [f"## {case['case']}", "", *case_table(case), ""]
     for title, cases in sweeps(result["cases"]).items():
         lines += [f"## {title}: how time grows with tokens", "", *_sweep_table(cases), ""]
     return "\n".join(lines)
@@ -99,7 +99,8 @@ def _milliseconds(seconds: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def _table(case: dict[str, Any]) -> list[str]:
+def case_table(case: dict[str, Any]) -> list[str]:
+    """A case's rows as Markdown lines."""
     rows = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1)]
     rows += [_cells(row, case["rate_unit"]) for row in case["rows"]]
     notes = [f"{row['contestant']}: {row['status']}, {row['reason']}" for row in case["rows"] if row["reason"]]

@@ -22,9 +22,10 @@ from lumos_kernels import library
 
 logger = logging.getLogger("lumos_kernels")
 
-# (op, implementation) -> architectures on which "auto" may choose it: those where a result committed under
-# bench/results/ shows its tests passing and its gate reached.
-PROVEN: Mapping[tuple[str, str], frozenset[str]] = {}
+# (op, implementation) -> {architecture: file under bench/results/}: where "auto" may choose it, and the result that
+# shows its tests passing and its gates reached on that very code. `python -m bench.gpu.proof` prints the entries; a
+# test refuses those whose file does not prove them.
+PROVEN: Mapping[tuple[str, str], Mapping[str, str]] = {}
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ THETA, EPS = 10000.0, 1e-5
 
 def build(case: Case, device: str, dtype: torch.dtype) -> Inputs:
     """q, k (slices of one fused projection with options["fused_qkv"]), positions, norms of one model-parallel row."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     model, layout = case.model, case.video.layout.to(device)
 
     def draw(*shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        values = mean + std * torch.randn(*shape, generator=generator)
-        return values.to(case.dtype).to(device=device, dtype=dtype)
+        values = mean + std * torch.randn(*shape, generator=generator, device=device)
+        return values.to(case.dtype).to(dtype)
 
     tokens, heads, kv_heads = layout.num_tokens, model.heads, model.kv_heads
     if case.options.get("fused_qkv"):

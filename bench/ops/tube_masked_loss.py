@@ -33,13 +33,13 @@ CHUNK_ROWS = {"cpu": 1024, "cuda": 4096}  # 131 and 524 MB of bf16 logits a chun
 
 def build(case: Case, device: str, dtype: torch.dtype) -> Inputs:
     """hidden of unit variance, the lm_head at its initial scale, targets spread over the content of the frames."""
-    generator = torch.Generator().manual_seed(0)
+    generator, on_device = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
     tokens, width = case.video.tokens, case.model.hidden
     classes = case.options.get("classes", VISUAL_CLASSES)
 
     def draw(*shape: int, std: float) -> Tensor:
-        values = std * torch.randn(*shape, generator=generator)
-        return values.to(case.dtype).to(device=device, dtype=dtype)
+        values = std * torch.randn(*shape, generator=on_device, device=device)
+        return values.to(case.dtype).to(dtype)
 
     content = case.video.layout.content.nonzero()[:, 0]
     rows = content[torch.randperm(len(content), generator=generator)[: case.video.targets]].sort().values

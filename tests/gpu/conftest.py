@@ -12,6 +12,7 @@ Without a CUDA device they are deselected like every test marked gpu. LUMOS_GPU_
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from gpu_settings import device, implementations, settings
 from lumos_kernels import dispatch
 
 HERE = Path(__file__).parent
+# What an error says when the CUDA context is gone: every later test in the process would fail for nothing.
+GONE = pytest.StashKey[bool]()
+LOST = re.compile(r"illegal memory access|device-side assert|unspecified launch failure|misaligned address")
 
 
 def pytest_generate_tests(metafunc):
@@ -56,12 +60,22 @@ def pytest_runtest_protocol(item):
     start = time.perf_counter()
     yield
     _note(test=item.nodeid, seconds=round(time.perf_counter() - start, 3))
+    if item.stash.get(GONE, False):
+        item.session.shouldstop = "the device is lost"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    outcome = yield
+    report = outcome.get_result()
+    item.stash[GONE] = (report.failed and bool(LOST.search(str(report.longrepr)))) or item.stash.get(GONE, False)
+    report.lost = item.stash[GONE]
 
 
 def pytest_runtest_logreport(report):
     if "tests/gpu" in report.nodeid and (report.when == "call" or report.outcome != "passed"):
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
-        _note(test=report.nodeid, outcome=report.outcome, reason=reason[-1500:])
+        _note(test=report.nodeid, outcome=report.outcome, reason=reason[-1500:], lost=report.lost)
 
 
 def _pair(item) -> list[str] | None:

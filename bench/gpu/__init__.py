@@ -1,0 +1,1 @@
+"""What needs a GPU, in one command: `python -m bench.gpu_suite`."""

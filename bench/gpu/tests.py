@@ -1,0 +1,136 @@
+"""The part "tests": runs tests/gpu, one process an op at the same time, and survives what a broken kernel does.
+
+An illegal access spoils the process for every test after it: the test that met it is failed, and a new process goes on
+behind it. The tests that need tens of gigabytes run last, by themselves.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import sys
+import threading
+import time
+import tokenize
+from pathlib import Path
+from typing import Any
+
+from bench.environment import ROOT
+from bench.gpu.suite import run_bounded, tail
+from lumos_kernels import dispatch
+
+ENDED = "ended the process"
+LARGE_SHARE = 0.3  # of the time, for the large tests
+
+
+def gpu_implementations() -> list[tuple[str, str]]:
+    return [
+        (name, impl)
+        for name, op in dispatch.ops().items()
+        for impl in op.implementations
+        if impl not in ("native", "reference")
+    ]
+
+
+def run(run: Any) -> None:
+    """Records {"tests": [{"test", "pair", "outcome", "seconds", "reason"}], "digests", "incomplete"}."""
+    pairs = [(name, "reference") for name in ("mm_rope", "frame_attention", "tube_masked_loss", "masked_sample")]
+    pairs = pairs if run.dry_run else gpu_implementations()
+    run.record["digests"] = {f"{op} {impl}": digest(op, impl) for op, impl in pairs}
+    groups = [Group(run, op) for op in dict.fromkeys(op for op, _ in pairs)]
+    threads = [
+        threading.Thread(target=group.go, args=("not large", run.left() * (1 - LARGE_SHARE))) for group in groups
+    ]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(0.2)
+        run.record["tests"] = [test for group in groups for test in group.outcomes()]
+    for group in groups:
+        if run.left() > 1:
+            group.go("large", run.left())
+    run.record["tests"] = [test for group in groups for test in group.outcomes()]
+    run.record["incomplete"] = {group.op: group.problems for group in groups if group.problems}
+    run.record["logs"] = {group.op: tail(group.log, 1500) for group in groups}
+
+
+class Group:
+    """The tests of one op."""
+
+    def __init__(self, run: Any, op: str) -> None:
+        self.op, self.dry_run = op, run.dry_run
+        self.file, self.done = run.folder / f"tests_{op}.jsonl", run.folder / f"tests_{op}.done"
+        self.log = run.folder / f"tests_{op}.log"
+        self.file.unlink(missing_ok=True)
+        self.problems: list[str] = []
+
+    def go(self, marker: str, seconds: float) -> None:
+        """Runs those of the marker, again and again behind each test that took the process down."""
+        end, settled = time.monotonic() + seconds, False
+        while not settled:
+            done = self.outcomes()
+            self.done.write_text("\n".join(test["test"] for test in done))
+            settings = {"ops": [self.op], "outcomes": str(self.file), "done": str(self.done)}
+            settings |= {"device": "cpu"} if self.dry_run else {}
+            command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-m", marker, "-p", "no:cacheprovider"]
+            status = run_bounded(command, end - time.monotonic(), self.log, LUMOS_GPU_TESTS=json.dumps(settings))
+            new = self.outcomes()[len(done) :]
+            lost = [test for test in new if test["outcome"] == ENDED]
+            if status == "timeout":
+                self.problems.append(f"{marker}: no time was left")
+            elif not new and status != "ok" and "exit 5" not in status:  # 5: no test was selected
+                self.problems.append(f"{marker}: pytest {status}: {tail(self.log, 600)}")
+            settled = status == "timeout" or not (lost or any(spoiled(test) for test in new))
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """What is on file, in order. A test that started and did not end took the process down."""
+        tests: dict[str, dict[str, Any]] = {}
+        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else ():
+            try:
+                note = json.loads(line)
+            except ValueError:  # cut off by the end of the process
+                continue
+            if note.get("outcome") == "started":
+                tests[note["test"]] = {**note, "outcome": ENDED, "reason": ""}
+            else:
+                tests[note["test"]].update(note)
+        return list(tests.values())
+
+
+def spoiled(test: dict[str, Any]) -> bool:
+    """Whether the test lost the device: tests/gpu/conftest.py then ended the process behind it."""
+    return test["outcome"] == "failed" and test.get("lost", False)
+
+
+def digest(op: str, impl: str) -> str:
+    """Of an implementation's source without comments, docstrings, blank lines and the spaces inside lines: what a
+    result proves, it proves of this code. The same on every version of Python.
+    """
+    base = ROOT / Path(*dispatch.ops()[op].package.split(".")) / impl
+    files = sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
+    code = hashlib.sha256()
+    for file in files:
+        code.update(file.relative_to(base.parent).as_posix().encode())
+        code.update(bare(file.read_text(encoding="utf-8")).encode())
+    return code.hexdigest()[:16]
+
+
+def bare(source: str) -> str:
+    """Python source reduced to what runs: indentation and the characters of each line that are no space."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
+            first = body[0]
+            lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
+    kept = ((len(line) - len(line.lstrip()), "".join(line.split())) for line in lines if line.strip())
+    return "\n".join(f"{indent} {text}" for indent, text in kept)
