@@ -67,7 +67,7 @@ GATES = (
     Gate("tube_masked_loss/1B-384p-7f/bf16", "both", "time", 0.8, 1.0, "QuACK"),
     Gate("tube_masked_loss/1B-384p-7f/bf16", "both", "time", 0.8, 1.0, "torch linear_cross_entropy"),
     Gate("tube_masked_loss/1B-384p-7f/bf16", "both", "gigabytes", 1.2, 0.6, required=True),
-    Gate("masked_sample/1B-256p-1f/bf16", "forward", "time", 1.0, 2.0, "eager", required=True),
+    Gate("masked_sample/1B-256p-1f/bf16", "forward", "time", 1.0, 2.0, "chunked softmax", required=True),
 )
 
 
