@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def compare_training_step(
     rounds: int = 3,
     threads: int | None = None,
     device: str = "cpu",
+    official: bool = True,
 ) -> dict[str, Any]:
     """Measures forward + backward of both ways and returns plain values for a report.
 
@@ -62,6 +63,8 @@ def compare_training_step(
         optimizer: AdamW's step is part of the step, with a learning rate of 0 so that the weights stay comparable.
         seconds, rounds: how long to alternate, and at least how often.
         threads: torch's CPU threads, as many as now by default. device: "cpu" or "cuda".
+        official: False where the official way does not fit into memory: its figures, and those of both, are None, and
+            ours are those of one step after a first one.
 
     Returns:
         {"ours": side, "official": side, "speedup": official time / ours (median over the rounds), "memory_ratio":
@@ -81,10 +84,10 @@ def compare_training_step(
         arguments += ["--dtype", dtype, "--seed", str(seed), "--impl", impl, "--threads", str(threads)]
         arguments += ["--device", device, "--seconds", str(seconds), "--rounds", str(rounds)]
         arguments += ["--optimizer"] if optimizer else []
-        result = memory.run_child("bench.training_step", [*arguments, "--part", "time"])
-        for side in (OURS, OFFICIAL):
+        result = memory.run_child("bench.training_step", [*arguments, "--part", "both" if official else "alone"])
+        for side in (OURS, OFFICIAL) if official else ():
             result[side].update(memory.run_child("bench.training_step", [*arguments, "--part", side]))
-    extra = [result[side]["extra_bytes"] for side in (OFFICIAL, OURS)]
+    extra = [result[side]["extra_bytes"] if result[side] else None for side in (OFFICIAL, OURS)]
     result["memory_ratio"] = None if None in extra else extra[0] / max(extra[1], 1)
     result["environment"] = environment.record(device, threads)
     return result
@@ -139,17 +142,61 @@ class Comparison:
         with torch.no_grad():
             return float(model(self.ids, labels=self.labels, rows=self.rows).loss)
 
-    def step(self, side: str) -> None:
+    def step(self, side: str) -> Tensor:
+        """A training step; returns its loss."""
         self.model.zero_grad(set_to_none=True)
-        self.loss(side).backward()
+        loss = self.loss(side)
+        loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
+        return loss.detach()
 
 
 def time_both(comparison: Comparison, dtype: str, seconds: float, rounds: int) -> dict[str, Any]:
     """Losses, which must agree, and times of the alternating steps; the size of the work."""
     with torch.no_grad():
         losses = {side: float(comparison.loss(side)) for side in (OURS, OFFICIAL)}
+    difference, limit = check_losses(comparison, losses, dtype)
+    calls: dict[str, Callable[[], None]] = {side: functools.partial(comparison.step, side) for side in losses}
+    samples = measure.interleave(calls, seconds, measure.clock_for(comparison.device), min_rounds=rounds)
+    size = _size(comparison)
+    return {
+        **{side: {"loss": losses[side], **_times(samples[side], size["useful_flops"])} for side in losses},
+        "speedup": statistics.median(o / m for o, m in zip(samples[OFFICIAL], samples[OURS], strict=True)),
+        "loss_difference": difference,
+        "loss_limit": limit,
+        **size,
+    }
+
+
+def ours_alone(comparison: Comparison) -> dict[str, Any]:
+    """Loss of a first step, then the time and the peak of a second one: large sizes take minutes a step."""
+    times, size = [], _size(comparison)
+    clock, step = measure.clock_for(comparison.device), functools.partial(comparison.step, OURS)
+    loss = step()
+    peak = _second_peak(comparison, lambda: times.append(clock(step, 1)))
+    return {
+        OURS: {"loss": float(loss), **_times(times, size["useful_flops"]), **peak},
+        **dict.fromkeys((OFFICIAL, "speedup", "loss_difference", "loss_limit")),
+        **size,
+    }
+
+
+def _size(comparison: Comparison) -> dict[str, Any]:
+    layout = FrameLayout.from_tokens(comparison.ids.cpu())
+    config = comparison.model.config
+    targets = int(((comparison.labels >= config.classes[0]) & (comparison.labels < config.classes[1])).sum())
+    return {
+        "tokens": layout.num_tokens,
+        "targets": targets,
+        "useful_flops": config.training_flops(layout, targets),
+        "dtype": str(comparison.dtype).removeprefix("torch."),
+        "optimizer": comparison.optimizer is not None,
+    }
+
+
+def check_losses(comparison: Comparison, losses: Mapping[str, float], dtype: str) -> tuple[float, float]:
+    """The difference of the two losses and what it may be. RuntimeError where it is more than rounding."""
     difference = abs(losses[OURS] - losses[OFFICIAL])
     limit = LOSS_EPS[dtype] * torch.finfo(DTYPES[dtype]).eps * abs(losses[OFFICIAL])
     if not difference <= limit:  # NaN fails too
@@ -158,25 +205,10 @@ def time_both(comparison: Comparison, dtype: str, seconds: float, rounds: int) -
         errors = {side: abs(loss - exact) for side, loss in losses.items()}
         official_limit = OFFICIAL_EPS[dtype] / LOSS_EPS[dtype] * limit
         if not (errors[OFFICIAL] <= official_limit and errors[OURS] <= max(limit, errors[OFFICIAL])):
-            raise RuntimeError(f"the losses {losses} differ by {difference:.3e}, more than {limit:.3e} in {dtype}")
-
-    calls: dict[str, Callable[[], None]] = {side: functools.partial(comparison.step, side) for side in losses}
-    samples = measure.interleave(calls, seconds, measure.clock_for(comparison.device), min_rounds=rounds)
-    layout = FrameLayout.from_tokens(comparison.ids.cpu())
-    config = comparison.model.config
-    targets = int(((comparison.labels >= config.classes[0]) & (comparison.labels < config.classes[1])).sum())
-    flops = config.training_flops(layout, targets)
-    return {
-        **{side: {"loss": losses[side], **_times(samples[side], flops)} for side in losses},
-        "speedup": statistics.median(o / m for o, m in zip(samples[OFFICIAL], samples[OURS], strict=True)),
-        "loss_difference": difference,
-        "loss_limit": limit,
-        "tokens": layout.num_tokens,
-        "targets": targets,
-        "useful_flops": flops,
-        "dtype": dtype,
-        "optimizer": comparison.optimizer is not None,
-    }
+            raise RuntimeError(
+                f"the losses {dict(losses)} differ by {difference:.3e}, more than {limit:.3e} in {dtype}"
+            )
+    return difference, limit
 
 
 def _times(samples: list[float], flops: int) -> dict[str, Any]:
@@ -193,8 +225,12 @@ def _times(samples: list[float], flops: int) -> dict[str, Any]:
 def peak_of_step(comparison: Comparison, side: str) -> dict[str, int | None]:
     """Peak of a step after a first one, which loads code and makes the optimizer's state."""
     comparison.step(side)
+    return _second_peak(comparison, lambda: comparison.step(side))
+
+
+def _second_peak(comparison: Comparison, step: Callable[[], Any]) -> dict[str, int | None]:
     comparison.model.zero_grad(set_to_none=True)
-    peak = memory.peak_of(lambda: comparison.step(side), comparison.device)
+    peak = memory.peak_of(step, comparison.device)
     before, highest = peak or (None, None)
     return {"peak_bytes": highest, "extra_bytes": None if peak is None else highest - before}
 
@@ -211,8 +247,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--rounds", type=int, default=3, help="at least so many of each")
     result.add_argument("--threads", type=int, default=torch.get_num_threads())
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    result.add_argument("--ours-only", dest="official", action="store_false", help="where the official way has no room")
     result.add_argument(
-        "--part", choices=("time", OURS, OFFICIAL), help="in this process: the times, or one side's peak"
+        "--part",
+        choices=("both", "alone", OURS, OFFICIAL),
+        help="in this process: the times of both, all of ours, or one side's peak",
     )
     return result
 
@@ -225,8 +264,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     torch.set_num_threads(options["threads"])
     comparison = Comparison(argparse.Namespace(**options))
-    if part == "time":
-        result = time_both(comparison, options["dtype"], options["seconds"], options["rounds"])
+    if part == "both":
+        result = time_both(comparison, *(options[name] for name in ("dtype", "seconds", "rounds")))
+    elif part == "alone":
+        result = ours_alone(comparison)
     else:
         result = peak_of_step(comparison, part)
     print(json.dumps(result))

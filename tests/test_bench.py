@@ -5,13 +5,14 @@ import json
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from bench import __main__ as command
-from bench import environment, formulas, measure, memory, registry, report, training_step
+from bench import environment, formulas, measure, memory, real_sample, registry, report, training_step
 from bench.official_style import official_mask, official_style_loss
 from bench.ops import frame_attention, mm_rope
 from bench.registry import Contestant
@@ -26,6 +27,7 @@ from lumos_kernels.testing import assert_bitwise_equal
 ALL_CASES = registry.select((), "*")
 SMOKE_CASES = [case for case in ALL_CASES if case.video.name == "smoke"]
 ROPE_CASE = registry.find("mm_rope/tiny-smoke/fp32/forward+backward")
+EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(autouse=True)
@@ -387,6 +389,50 @@ def test_training_step_comparison_refuses_different_losses(comparison, monkeypat
     monkeypatch.setattr(training_step, "official_style_loss", lambda *args: official_style_loss(*args) * (1 + 1e-5))
     with pytest.raises(RuntimeError, match="the losses"):
         training_step.time_both(comparison, "float32", seconds=0.0, rounds=1)
+
+
+def test_our_side_alone_where_the_official_way_does_not_fit(comparison):
+    result = training_step.ours_alone(comparison)
+    both = training_step.time_both(comparison, "float32", seconds=0.0, rounds=1)
+    assert result.keys() == both.keys()
+    assert result["ours"]["samples"] == 1
+    assert result["ours"]["loss"] == both["ours"]["loss"]
+    assert result["ours"]["peak_bytes"] > result["ours"]["extra_bytes"] >= 0
+    assert result["official"] is result["speedup"] is result["loss_difference"] is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "official", "accepted"),
+    [
+        (1.0, 1.0 + 7 * EPS, True),  # the order of the sums
+        (1.0, 1.0 + 30 * EPS, True),  # fp64 says 1.0: the official way rounded more
+        (1.0 + 4 * EPS, 1.0 - 20 * EPS, True),
+        (1.0, 1.0 + 40 * EPS, False),  # too far from fp64 to be rounding
+        (1.0 + 10 * EPS, 1.0, False),  # ours is the one that is off
+        (math.nan, 1.0, False),
+    ],
+)
+def test_fp64_judges_losses_that_differ(ours, official, accepted):
+    exact = types.SimpleNamespace(exact_loss=lambda: 1.0)
+    losses = {"ours": ours, "official": official}
+    if accepted:
+        difference, limit = training_step.check_losses(exact, losses, "float32")
+        assert difference == abs(ours - official)
+        assert limit == pytest.approx(8 * EPS, rel=1e-4)
+    else:
+        with pytest.raises(RuntimeError, match="the losses"):
+            training_step.check_losses(exact, losses, "float32")
+
+
+def test_the_first_frames_of_a_sample_are_a_sample():
+    frames = [frame_skeleton(4, 8) for _ in range(3)]
+    head, tail = [0, 5, 8710, 9004, 8806, 8816], [9005, 8710]
+    ids = torch.cat([torch.tensor(head), *frames, torch.tensor(tail)])
+    for count in (1, 3):
+        cut = real_sample.first_frames(ids, count)
+        assert torch.equal(cut, torch.cat([torch.tensor(head), *frames[:count], torch.tensor(tail)])[None])
+    with pytest.raises(ValueError, match=r"1\.\.3, which the sample has; got 4"):
+        real_sample.first_frames(ids, 4)
 
 
 @pytest.mark.slow
