@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench import formulas
 from bench.formulas import Work
@@ -29,25 +30,36 @@ def flex_prepare(compiled: bool = True, backend: str | None = None) -> Callable[
     """
 
     def prepare(inputs: Inputs) -> Inputs:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        kv_start, kv_end = inputs.limits.kv_start, inputs.limits.kv_end
-
-        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key >= kv_start[query]) & (key < kv_end[query])
-
-        sizes = inputs.limits.num_queries, inputs.limits.num_keys
-        mask = create_block_mask(visible, None, None, *sizes, device=inputs.q.device, _compile=compiled)
-        if compiled:
-            torch._dynamo.reset()  # one graph a shape, whatever was compiled before
-            flex_attention = torch.compile(flex_attention, dynamic=False)
+        attention, mask = _flex(inputs, compiled)
         options: dict[str, Any] = {"block_mask": mask, "enable_gqa": True}
         if backend:
             options["kernel_options"] = {"BACKEND": backend}
-        kept = {**inputs.args, "flex_attention": flex_attention, "options": options}
+        kept = {**inputs.args, "flex_attention": attention, "options": options}
         return Inputs(kept, inputs.leaves, inputs.upstream)
 
     return prepare
+
+
+_LAST: dict[tuple, tuple] = {}  # the last shape's function and mask: a case prepares them once to check, once to time
+
+
+def _flex(inputs: Inputs, compiled: bool) -> tuple[Callable[..., Tensor], Any]:
+    limits, q = inputs.limits, inputs.q
+    key = (*q.shape, inputs.k.shape, q.dtype, q.device, limits.visible_pairs(), bool(inputs.leaves), compiled)
+    if key not in _LAST:
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key >= limits.kv_start[query]) & (key < limits.kv_end[query])
+
+        sizes = limits.num_queries, limits.num_keys
+        mask = create_block_mask(visible, None, None, *sizes, device=q.device, _compile=compiled)
+        attention = flex_attention
+        if compiled:
+            torch._dynamo.reset()  # one graph a shape, whatever was compiled before: never the limit of recompilations
+            attention = torch.compile(flex_attention, dynamic=False)
+        _LAST.clear()
+        _LAST[key] = attention, mask
+    return _LAST[key]
 
 
 def flex(inputs: Inputs) -> tuple[Tensor, ...]:

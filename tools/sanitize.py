@@ -5,7 +5,7 @@
 Each (op, implementation, tool) is a process of its own: forward and backward on small inputs whose lengths do not fit
 the tiles. FILE holds {"runs": [{"op", "impl", "tool", "status", "errors", "findings", "seconds"}]} and is rewritten
 after each; status is "clean", "errors", "failed" (the program ended before it was done), "timeout" or "unavailable".
-The order is that of value: memcheck of every implementation first. `--dry-run` calls the CPU implementations without
+Some run at a time; memcheck of every implementation comes first. `--dry-run` calls the CPU implementations without
 the sanitizer.
 """
 
@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools/sanitize.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=300.0, help="for all runs together")
+    parser.add_argument("--jobs", type=int, default=6, help="processes at a time")
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--program", nargs=3, metavar=("OP", "IMPL", "DEVICE"), help=argparse.SUPPRESS)
@@ -121,18 +123,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = time.monotonic() + options.seconds
     absent = None if options.dry_run or shutil.which("compute-sanitizer") else "compute-sanitizer is not installed"
     runs: list[dict[str, Any]] = []
-    for number, (op, impl, tool) in enumerate(jobs):
-        left = end - time.monotonic()
-        blank = {"op": op, "impl": impl, "tool": tool, "errors": 0, "findings": [], "seconds": 0.0}
+
+    def one(job: tuple[str, str, str]) -> dict[str, Any]:
+        blank = dict(zip(("op", "impl", "tool"), job, strict=True)) | {"errors": 0, "findings": [], "seconds": 0.0}
         if absent:
-            runs.append({**blank, "status": "unavailable", "tail": absent})
-        elif left < 2:
-            runs.append({**blank, "status": "timeout", "tail": "not begun: no time was left"})
-        else:
-            share = max(left / (len(jobs) - number), min(left, 20.0))
-            runs.append(examine(op, impl, tool, share, options.out.with_suffix(".log"), options.dry_run))
-        write_json(options.out, {"runs": runs})
-        print(f"{op} {impl} {tool}: {runs[-1]['status']}, {runs[-1]['errors']} errors", flush=True)
+            return {**blank, "status": "unavailable", "tail": absent}
+        left = end - time.monotonic()
+        if left < 2:
+            return {**blank, "status": "timeout", "tail": "not begun: no time was left"}
+        return examine(*job, left, options.out.with_suffix(f".{'_'.join(job)}.log"), options.dry_run)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for run in pool.map(one, jobs):
+            runs.append(run)
+            write_json(options.out, {"runs": runs})
+            print(f"{run['op']} {run['impl']} {run['tool']}: {run['status']}, {run['errors']} errors", flush=True)
     return int(any(run["status"] == "errors" for run in runs))
 
 

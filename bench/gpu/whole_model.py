@@ -145,34 +145,44 @@ def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def training(run: Any) -> None:
-    """Steps of the 1B model at 12,900 and 28,900 tokens against the official way, then the longest that fits."""
+    """Steps of the 1B model at 13,000 and 28,900 tokens, the longest that fits, then the first ones the official way."""
     config = model_config(run.dry_run)
-    cases = [((4, 8), 2)] * 2 if run.dry_run else [(FRAMES_256P, 7), (FRAMES_384P, 7)]
+    sizes = [((4, 8), 2), ((4, 8), 3)] if run.dry_run else [(FRAMES_256P, 7), (FRAMES_384P, 7)]
     each = 0.1 if run.dry_run else 2.0
     run.record["implementations"] = implementations(run.device)
     run.record["steps"] = {}
     model = None
-    for grid, frames in cases:
+    for grid, frames in sizes:
         step = Step(config, grid, frames, run.device, model=model)
         model = step.model
         found = run.record["steps"].setdefault(f"{step.tokens} tokens", {})
-        losses = attempt(lambda step=step: _losses(step))
-        found["losses"] = losses
         found["ours"] = attempt(lambda step=step: timed(step, step, each))
         found["ours, forward and backward"] = attempt(lambda step=step: timed(step, step.backward, each))
         run.record.save()
-        found["official"] = attempt(lambda step=step: timed(step, lambda: step("official"), each / 2))
-        run.record.save()
-        if run.left() < 5:
-            return
-    run.record["longest"] = []
-    for frames, checkpointed in [(2, False), (3, True)] if run.dry_run else [(14, False), (14, True), (22, True)]:
+    del step
+    _longest(run, config, model)
+    model.checkpoint_layers(0)
+    for grid, frames in sizes:
         if run.left() < 5:
             break
-        grid = (4, 8) if run.dry_run else FRAMES_384P
-        model.checkpoint_layers(int(checkpointed))
         step = Step(config, grid, frames, run.device, model=model)
-        found = attempt(lambda step=step: timed(step, step, each / 4))
+        found = run.record["steps"][f"{step.tokens} tokens"]
+        found["losses"] = attempt(lambda step=step: _losses(step))
+        found["official"] = attempt(lambda step=step: timed(step, lambda: step("official"), each / 4))
+        run.record.save()
+
+
+def _longest(run: Any, config: LumosConfig, model: Lumos) -> None:
+    """Steps of more and more frames of 384p; layers are computed again in backward where they do not fit otherwise."""
+    run.record["longest"] = []
+    for frames, checkpointed in [(2, False), (3, True)] if run.dry_run else [(14, False), (22, True), (14, True)]:
+        if run.left() < 5:
+            break
+        if frames in [found["frames"] for found in run.record["longest"] if "seconds" in found]:
+            continue
+        model.checkpoint_layers(int(checkpointed))
+        step = Step(config, (4, 8) if run.dry_run else FRAMES_384P, frames, run.device, model=model)
+        found = attempt(lambda step=step: timed(step, step, 0.1))
         note = {"frames": frames, "tokens": step.tokens, "checkpointed": checkpointed, **found}
         run.record["longest"] += [note]
 

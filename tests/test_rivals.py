@@ -1,0 +1,221 @@
+"""The other libraries' wheels travel in folders, and the calls of their functions are glued rightly: stand-ins with
+their signatures, computed by plain torch, give our results.
+"""
+
+import importlib.util
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import measure, registry, rivals_attention, rivals_loss
+from bench.registry import Contestant
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("rivals_tool", ROOT / "tools" / "rivals.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wheel(folder, name, files):
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, content in files.items():
+            archive.writestr(file, content)
+    return path
+
+
+@pytest.fixture
+def wheels(tmp_path):
+    large = bytes(torch.randint(0, 256, (9000,), generator=torch.Generator().manual_seed(0)).tolist())
+    small = wheel(tmp_path, "small", {"small/__init__.py": b"x = 1\n"})
+    return [wheel(tmp_path, "large", {"large/lib.so": large, "large/a/b.py": b"y = 2\n"}), small], large
+
+
+def test_wheels_travel_in_folders_below_the_limit(tool, wheels, tmp_path):
+    paths, large = wheels
+    folders = tool.pack(paths, tmp_path / "out", limit=4000)
+    assert len(folders) > 1
+    assert all(sum(file.stat().st_size for file in folder.iterdir()) <= 4000 for folder in folders)
+    assert (folders[0] / "small-1.0-py3-none-any.whl").exists()
+
+    site = tmp_path / "site"
+    for number, folder in enumerate(folders):  # one call to the machine after the other
+        waiting = tool.unpack([folder], site)
+        assert (site / "small" / "__init__.py").read_text() == "x = 1\n"
+        assert bool(waiting) == (number < len(folders) - 1)
+        assert (site / "large" / "lib.so").exists() != bool(waiting)
+    assert (site / "large" / "lib.so").read_bytes() == large
+    assert (site / "large" / "a" / "b.py").read_bytes() == b"y = 2\n"
+    assert not list((site / ".pieces").iterdir())
+
+
+def test_unpack_prints_the_path_and_what_is_incomplete(tool, wheels, tmp_path, capsys):
+    folders = tool.pack(wheels[0], tmp_path / "out", limit=4000)
+    site = tmp_path / "site"
+    assert tool.main(["unpack", "--site", str(site), str(folders[0])]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"export PYTHONPATH={site}:{site}/nvidia_cutlass_dsl/dsl_packages\n"
+    assert "incomplete: large-1.0-py3-none-any.whl: pieces [0] of" in printed.err
+
+
+# The calls
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    def install(name, **functions):
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            module = ModuleType(path)
+            module.__path__ = []
+            monkeypatch.setitem(sys.modules, path, module)
+        vars(sys.modules[name]).update(functions)
+
+    return install
+
+
+def cross_entropy(hidden, weight, targets):
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+
+def agrees(op, case, run, prepare=None):
+    bench, case = registry.ops()[op], registry.find(f"{op}/{case}")
+    contestants = [c for c in bench.contestants(case, "cpu") if c.name == bench.yardstick]
+    rival = Contestant("rival", run, prepare=prepare)
+    error, limit = measure.check(bench, case, [*contestants, rival], "cpu")["rival"]
+    assert error <= limit
+
+
+@pytest.mark.parametrize("case", ["tiny-smoke/bf16/forward", "tiny-smoke/bf16/forward+backward"])
+def test_liger(stand_in, case):
+    def liger(input, weight, target, bias=None, ce_weight=None, ignore_index=-100, accum_dtype=None):
+        assert accum_dtype in (None, torch.float32)
+        return cross_entropy(input, weight, target)
+
+    stand_in("liger_kernel.transformers.functional", liger_fused_linear_cross_entropy=liger)
+    for accumulate in (None, torch.float32):
+        agrees("tube_masked_loss", case, rivals_loss.liger(accumulate))
+
+
+def test_cut_cross_entropy(stand_in):
+    def linear_cross_entropy(
+        e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high", impl="cce"
+    ):
+        assert filter_eps is None, "the filter would drop what nearly uniform codes need"
+        return cross_entropy(e, c, targets)
+
+    stand_in("cut_cross_entropy", linear_cross_entropy=linear_cross_entropy)
+    agrees("tube_masked_loss", "tiny-smoke/bf16/forward+backward", rivals_loss.cut_cross_entropy)
+
+
+def test_quack_gets_rows_in_eights(stand_in):
+    def chunked(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True):
+        assert len(x) % 8 == 0
+        return F.cross_entropy(F.linear(x, weight).float(), target, ignore_index=ignore_index)
+
+    stand_in("quack.linear_cross_entropy", chunked_linear_cross_entropy=chunked)
+    case = registry.find("tube_masked_loss/tiny-smoke/bf16/forward+backward")
+    assert case.video.targets % 8, "the case must leave a remainder"
+    agrees("tube_masked_loss", "tiny-smoke/bf16/forward+backward", rivals_loss.quack)
+
+
+def flash_attn_func(q, k, v, causal=False):
+    """[B, L, H, D]; a causal mask ends at the last key, as flash-attn's does."""
+    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1]) if causal else None
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("version", [2, 4])
+def test_flash_attn(stand_in, version):
+    from bench.ops import frame_attention
+
+    if version == 4:  # returns (o, lse)
+        stand_in("flash_attn.cute", flash_attn_func=lambda *args, causal: (flash_attn_func(*args, causal=causal), None))
+    else:
+        stand_in("flash_attn", flash_attn_func=flash_attn_func)
+    run = rivals_attention.flash_per_frame(version)
+    agrees("frame_attention", "tiny-smoke/bf16/forward+backward", run, frame_attention._with_calls)
+    bench = registry.ops()["frame_attention"]
+    inputs = bench.build(registry.find("frame_attention/tiny-smoke/bf16/forward"), "cpu", torch.bfloat16)
+    [o] = rivals_attention.flash_causal(version)(inputs)
+    expected = flash_attn_func(*(inputs.args[name][None] for name in "qkv"), causal=True)[0]
+    assert torch.equal(o, expected)
+
+
+def test_flex_attention_with_its_block_mask():
+    prepare = rivals_attention.flex_prepare(compiled=False)
+    agrees("frame_attention", "tiny-smoke/fp32/forward", rivals_attention.flex, prepare)
+
+
+def test_liger_chain(stand_in):
+    from bench import rivals_rope
+    from bench.ops import mm_rope
+
+    def mrope(q, k, cos, sin, mrope_section, unsqueeze_dim=1):
+        """[1, H, T, D] and tables [3, 1, T, D], of which each section of the half reads its own."""
+        half = q.shape[-1] // 2
+        assert sum(mrope_section) == half
+        which = torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section)).repeat(2)
+        c, s = (t[which, 0, :, torch.arange(2 * half)].T for t in (cos, sin))
+        return tuple(mm_rope.official_rotate(x, c, s) for x in (q, k))
+
+    def layer_norm(x, weight, bias, eps):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    stand_in("liger_kernel.transformers.functional", liger_layer_norm=layer_norm, liger_qwen2vl_mrope=mrope)
+    prepare = rivals_rope.liger_prepare(mm_rope._tables)
+    agrees("mm_rope", "tiny-smoke/bf16/forward+backward", rivals_rope.liger, prepare)
+    bench = registry.ops()["mm_rope"]
+    inputs = bench.build(registry.find("mm_rope/tiny-smoke/bf16/forward+backward"), "cpu", torch.bfloat16)
+    for own, shared in zip(prepare(inputs).upstream, inputs.upstream, strict=True):
+        assert own.data_ptr() != shared.data_ptr(), "Liger's backward overwrites its gradient"
+
+
+def test_a_library_that_is_not_installed_is_a_missing_row():
+    absent = Contestant("absent", lambda inputs: (), requires=("no_such_library", "no.such.module", "torch"))
+    assert absent.missing() == "not installed: no_such_library, no.such.module"
+    assert Contestant("there", lambda inputs: (), requires=("torch.nn",)).missing() is None
+
+
+def test_a_contestant_that_raises_is_a_failed_row_where_that_is_tolerated():
+    def broken(inputs):
+        raise TypeError("unexpected keyword argument 'x'")
+
+    case = registry.find("mm_rope/tiny-smoke/fp32/forward")
+    contestants = [*registry.ops()["mm_rope"].contestants(case, "cpu"), Contestant("broken", broken)]
+    heard = []
+    rows = measure.measure_case(case, "cpu", 0.0, 1, False, contestants, tolerant=True, announce=heard.append)
+    by_name = {row.contestant: row for row in rows}
+    assert (by_name["broken"].status, by_name["broken"].median_s) == ("failed", None)
+    assert "unexpected keyword argument" in by_name["broken"].reason
+    assert all(row.status == "ok" and row.median_s > 0 for name, row in by_name.items() if name != "broken")
+    assert {"eager", "broken", "timing"} <= set(heard)
+    with pytest.raises(TypeError):
+        measure.measure_case(case, "cpu", 0.0, 1, False, contestants)
+
+
+def test_slack_widens_the_limit_of_one_contestant_alone():
+    def shifted(inputs):
+        q, k = registry.ops()["mm_rope"].reference(inputs)
+        return q * (1 + 1e-6), k
+
+    case = registry.find("mm_rope/tiny-smoke/fp32/forward")
+    able = registry.ops()["mm_rope"].contestants(case, "cpu")
+    rivals = [Contestant("strict", shifted), Contestant("slack", shifted, slack=8.0)]
+    rows = measure.measure_case(case, "cpu", 0.0, 1, False, [*able, *rivals])
+    assert {row.contestant: row.status for row in rows if row.contestant in ("strict", "slack")} == {
+        "strict": "wrong",
+        "slack": "ok",
+    }
