@@ -145,7 +145,7 @@ def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def training(run: Any) -> None:
-    """Steps of the 1B model at 13,000 and 28,900 tokens, the longest that fits, then the first ones the official way."""
+    """Steps of the 1B model at 13,000 and 28,900 tokens, the longest that fits, then the official way."""
     config = model_config(run.dry_run)
     sizes = [((4, 8), 2), ((4, 8), 3)] if run.dry_run else [(FRAMES_256P, 7), (FRAMES_384P, 7)]
     each = 0.1 if run.dry_run else 2.0
