@@ -44,6 +44,11 @@ def loss_flops(targets: int, hidden: int, classes: int, backward: bool) -> Work:
     return Work((6 if backward else 2) * targets * hidden * classes, "FLOP")
 
 
+def sample_flops(rows: int, hidden: int, classes: int, branches: int) -> Work:
+    """The logits of every branch: undecided rows x class slice."""
+    return Work(branches * loss_flops(rows, hidden, classes, backward=False).amount, "FLOP")
+
+
 def layout_bytes(tokens: int) -> Work:
     """Ids read (8 bytes a token); positions, four limits, frame index (32) and content (1) written."""
     return Work(41 * tokens, "B")

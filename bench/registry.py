@@ -149,9 +149,9 @@ class OpBench:
 
 def ops() -> Mapping[str, OpBench]:
     """The ops by name."""
-    from bench.ops import frame_attention, frame_layout, mm_rope, tube_masked_loss
+    from bench.ops import frame_attention, frame_layout, masked_sample, mm_rope, tube_masked_loss
 
-    modules = (mm_rope, frame_attention, tube_masked_loss, frame_layout)
+    modules = (mm_rope, frame_attention, tube_masked_loss, masked_sample, frame_layout)
     return {module.BENCH.name: module.BENCH for module in modules}
 
 
