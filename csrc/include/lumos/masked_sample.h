@@ -2,7 +2,7 @@
 //
 // A chunk of rows meets the K classes in blocks. A block's logits are guided, tempered and reduced in one visit: the
 // running sum of exponentials for the confidence, and the best score, logit + Gumbel variate, for the draw. What a row
-// carries from block to block is 32 bytes. The specification is lumos_kernels/masked_sample/reference.py.
+// carries from block to block is 28 bytes. The specification is lumos_kernels/masked_sample/reference.py.
 #pragma once
 
 #include <cstdint>
