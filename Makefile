@@ -1,6 +1,7 @@
 # make demo   from nothing: tokenise real clips, train a tiny model, compare with the official way, write demo/report.md
 # make test   from nothing: every test but those marked slow
-# also: test-all (slow ones too), sanitize (native code under ASan and UBSan), bench, lint, clean
+# also: test-all (slow ones too), sanitize (native code under ASan and UBSan), bench, lint, clean,
+# gpu-suite (on a machine with a GPU and a CUDA build of torch: everything it is needed for, into gpu-suite/)
 PYTHON ?= python3
 # What to give pip for torch, e.g. TORCH="torch triton --index-url ..." for a CPU build from torch's own index.
 TORCH ?= torch triton
@@ -10,7 +11,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint .ci/constraints.txt
 SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/cpu/* csrc/include/lumos/*)
 
-.PHONY: setup demo test test-all bench sanitize lint clean
+.PHONY: setup demo test test-all bench gpu-suite sanitize lint clean
 
 setup: $(VENV)/ready
 
@@ -34,6 +35,10 @@ test-all: setup
 bench: setup
 	$(RUN) -m bench
 
+# With the Python that has the CUDA build of torch: .venv need not.
+gpu-suite:
+	$(PYTHON) -m bench.gpu_suite --out gpu-suite
+
 sanitize: setup
 	PYTHON=$(CURDIR)/$(RUN) tools/asan.sh
 
@@ -42,4 +47,4 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) build demo lumos_kernels/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build demo gpu-suite lumos_kernels/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
