@@ -343,12 +343,17 @@ class _Decoder:
         conditional = torch.cat([branches[state.document][0] for state in states])
         # A document without text is its own unconditional branch.
         unconditional = torch.cat([branches[state.document][-1] for state in states]) if guided else None
+        if guided and conditional.dtype == torch.float32:
+            # lm_head is linear: guiding the hidden states instead of the logits halves its product. In 16 bits the
+            # guided states would be rounded, up to `guidance` times as coarsely as their logits.
+            conditional = unconditional + sampling.guidance_scale * (conditional - unconditional)
+            unconditional = None
         ids, confidence = masked_sample(
             conditional,
             unconditional,
             self.model.lm_head.weight,
             classes=self.model.config.classes,
-            guidance=sampling.guidance_scale if guided else None,
+            guidance=None if unconditional is None else sampling.guidance_scale,
             greedy=sampling.greedy,
             row_keys=torch.cat([state.row_keys(state.undecided[step]) for state in states]),
             impl=choose_impl(self.model.impl, "masked_sample"),
