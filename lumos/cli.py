@@ -1,4 +1,4 @@
-"""The `lumos` command: tokenize clips, train, list the kernels' implementations."""
+"""The `lumos` command: tokenize clips, train, generate, list the kernels' implementations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 
 import lumos_kernels
+from lumos.cli_generate import add_generate, parse_size
 from lumos.train import TrainConfig, train
 
 
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--fps", type=int, default=12, help="frames per second (default 12)")
     command.add_argument("--seconds", type=int, default=2, help="length of a sample (default 2)")
     command.add_argument("--windows", type=int, default=1, help="consecutive samples of a clip (default 1)")
-    command.add_argument("--size", type=_size, help="HEIGHTxWIDTH, multiples of 32 (default: the clip's shape)")
+    command.add_argument("--size", type=parse_size, help="HEIGHTxWIDTH, multiples of 32 (default: the clip's shape)")
     command.add_argument(
         "--max-pixels",
         type=int,
@@ -50,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train a model on folders of samples")
     command.set_defaults(run=lambda **options: _train(TrainConfig(**options)))
     _add_fields(command, TrainConfig)
+
+    add_generate(commands)
 
     command = commands.add_parser("backends", help="list the kernels' implementations and what runs here")
     command.set_defaults(run=lumos_kernels.backends)
@@ -97,13 +100,6 @@ def _train(config: TrainConfig) -> None:
         f"{summary.steps} steps in {summary.seconds:.1f} s: loss {summary.first_loss:.3f} -> {summary.last_loss:.3f}\n"
         f"log: {summary.log}\ncheckpoint: {summary.checkpoint}"
     )
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, separator, width = text.partition("x")
-    if not separator or not height.isdigit() or not width.isdigit():
-        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH, e.g. 256x448, got {text!r}")
-    return int(height), int(width)
 
 
 def _add_fields(parser: argparse.ArgumentParser, config: type) -> None:
