@@ -23,13 +23,13 @@ from lumos_kernels import dispatch
 from lumos_kernels.dispatch import Problem
 
 PARTS = (
-    Part("environment", 15),
-    Part("build", 30),
-    Part("tests", 130),
+    Part("environment", 10),
+    Part("build", 20),
+    Part("tests", 160),
     Part("sanitizer", 45),
-    Part("ceilings", 15),
-    Part("ops", 130),
-    Part("model", 80),
+    Part("ceilings", 10),
+    Part("ops", 125),
+    Part("model", 75),
     Part("launches", 20),
     Part("tune", 30),
     Part("generate", 30),

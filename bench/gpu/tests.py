@@ -40,20 +40,24 @@ def run(run: Any) -> None:
     pairs = pairs if run.dry_run else gpu_implementations()
     run.record["digests"] = {f"{op} {impl}": digest(op, impl) for op, impl in pairs}
     groups = [Group(run, op) for op in dict.fromkeys(op for op, _ in pairs)]
-    threads = [
-        threading.Thread(target=group.go, args=("not large", run.left() * (1 - LARGE_SHARE))) for group in groups
-    ]
+    _together(run, groups, groups, "not large", run.left() * (1 - LARGE_SHARE))
+    # Attention past 2^31 elements takes 50 GB; the others fit beside each other.
+    alone = [group for group in groups if group.op == "frame_attention"]
+    _together(run, groups, [group for group in groups if group not in alone], "large", run.left() * 0.6)
+    _together(run, groups, alone, "large", run.left())
+    run.record["incomplete"] = {group.op: group.problems for group in groups if group.problems}
+    run.record["logs"] = {group.op: tail(group.log, 1500) for group in groups}
+
+
+def _together(run: Any, groups: list[Group], running: list[Group], marker: str, seconds: float) -> None:
+    """Runs groups at the same time; what all of them found so far is on file meanwhile."""
+    threads = [threading.Thread(target=group.go, args=(marker, seconds)) for group in running]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        time.sleep(0.2)
+        time.sleep(0.5)
         run.record["tests"] = [test for group in groups for test in group.outcomes()]
-    for group in groups:
-        if run.left() > 1:
-            group.go("large", run.left())
     run.record["tests"] = [test for group in groups for test in group.outcomes()]
-    run.record["incomplete"] = {group.op: group.problems for group in groups if group.problems}
-    run.record["logs"] = {group.op: tail(group.log, 1500) for group in groups}
 
 
 class Group:

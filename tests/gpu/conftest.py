@@ -4,6 +4,8 @@ Without a CUDA device they are deselected like every test marked gpu. LUMOS_GPU_
 
     device     "cpu": the same tests at small sizes on the CPU implementations, to prove the tests (the dry run)
     ops        list of op names: only those
+    impls      list of implementations instead of the device's own: ["triton"] with device "cpu" and TRITON_INTERPRET=1
+               rehearses Triton's in its interpreter
     outcomes   file to which a JSON line is appended when a test starts and when it ends: what is known of a run that
                a broken kernel takes down
     done       file with the node ids that are not run again
@@ -12,7 +14,9 @@ Without a CUDA device they are deselected like every test marked gpu. LUMOS_GPU_
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,11 @@ from gpu_settings import device, implementations, settings
 from lumos_kernels import dispatch
 
 HERE = Path(__file__).parent
+if os.environ.get("TRITON_INTERPRET") == "1":  # bf16 is wrong in the stock interpreter
+    sys.path.append(str(HERE.parent / "triton_kernels"))
+    import interpreter_bf16
+
+    interpreter_bf16.install()
 # What an error says when the CUDA context is gone: every later test in the process would fail for nothing.
 GONE = pytest.StashKey[bool]()
 LOST = re.compile(r"illegal memory access|device-side assert|unspecified launch failure|misaligned address")

@@ -21,13 +21,17 @@ def device() -> str:
 
 
 def implementations() -> list[tuple[str, str]]:
-    """(op, implementation) under test: on a GPU all but the CPU's, in the dry run those."""
+    """(op, implementation) under test: on a GPU all but the CPU's, in the dry run those, or the ones asked for."""
     wanted = settings().get("ops", list(dispatch.ops()))
     return [
         (name, impl)
         for name, op in dispatch.ops().items()
         for impl in op.implementations
-        if name in wanted
-        and (impl in CPU_IMPLEMENTATIONS) == (device() == "cpu")
-        and not (device() == "cpu" and name in WITHOUT_GPU_CODE)
+        if name in wanted and _is_wanted(impl) and not (device() == "cpu" and name in WITHOUT_GPU_CODE)
     ]
+
+
+def _is_wanted(impl: str) -> bool:
+    if "impls" in settings():
+        return impl in settings()["impls"]
+    return (impl in CPU_IMPLEMENTATIONS) == (device() == "cpu")
