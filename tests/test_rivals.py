@@ -64,7 +64,9 @@ def test_unpack_prints_the_path_and_what_is_incomplete(tool, wheels, tmp_path, c
     site = tmp_path / "site"
     assert tool.main(["unpack", "--site", str(site), str(folders[0])]) == 0
     printed = capsys.readouterr()
-    assert printed.out == f"export PYTHONPATH={site}:{site}/nvidia_cutlass_dsl/dsl_packages\n"
+    packages = site / "site-packages"  # the name counts: QuACK looks for it
+    assert printed.out == f"export PYTHONPATH={packages}:{packages}/nvidia_cutlass_dsl/dsl_packages\n"
+    assert (packages / "small" / "__init__.py").exists()
     assert "incomplete: large-1.0-py3-none-any.whl: pieces [0] of" in printed.err
 
 

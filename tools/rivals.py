@@ -104,6 +104,13 @@ def recompressed(wheel: Path) -> bytes:
     return stream.getvalue()
 
 
+def packages(folder: Path) -> Path:
+    """Where unpack puts packages. QuACK takes only what lies below a folder of this name for installed code, and
+    refuses to be imported with a nvidia-cutlass-dsl that lies elsewhere.
+    """
+    return folder.resolve() / "site-packages"
+
+
 def unpack(folders: Sequence[Path], site: Path) -> list[str]:
     """Unpacks wheels and pieces into site. Returns what is still incomplete: name and the pieces that are here."""
     kept = site / ".pieces"
@@ -152,9 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size = sum(file.stat().st_size for file in folder.iterdir())
             print(f"{folder}: {size / MIB:.1f} MiB, {', '.join(sorted(file.name for file in folder.iterdir()))}")
         return 0
-    for line in unpack(options.folders, options.site.resolve()):
+    site = packages(options.site)
+    for line in unpack(options.folders, site):
         print(f"incomplete: {line}", file=sys.stderr)
-    site = options.site.resolve()
     print(f"export PYTHONPATH={':'.join(str(path) for path in (site, *(site / extra for extra in EXTRA_PATHS)))}")
     return 0
 
