@@ -208,6 +208,36 @@ def test_a_run_that_never_starts_a_test_is_a_problem(group, monkeypatch):
     assert group.problems == ["large: no time was left"]
 
 
+def test_a_file_of_kernel_tests_is_read_by_its_report(tmp_path, monkeypatch):
+    class FakeRun:
+        folder = tmp_path
+
+    file = tests.KERNEL_FILES / "test_tube_loss_triton.py"
+    assert file.exists()
+    kernels = tests.KernelFile(FakeRun, file)
+    assert kernels.op == "tube_masked_loss"
+    report = """<testsuites><testsuite><testcase name="a" time="1.5"/>
+        <testcase name="b"><failure message="no">E assert</failure></testcase>
+        <testcase name="c"><skipped message="why"/></testcase></testsuite></testsuites>"""
+
+    def bounded(command, seconds, log):
+        kernels.report.write_text(report)
+        return "failed (exit 1)"
+
+    monkeypatch.setattr(tests, "run_bounded", bounded)
+    assert kernels.outcomes() == []
+    kernels.go("not large", 10.0)
+    found = kernels.outcomes()
+    assert [(test["outcome"], test["pair"]) for test in found] == [
+        (outcome, ["tube_masked_loss", "triton"]) for outcome in ("passed", "failed", "skipped")
+    ]
+    assert "E assert" in found[1]["reason"]
+    assert kernels.problems == []
+    monkeypatch.setattr(tests, "run_bounded", lambda *arguments: "timeout")
+    kernels.go("not large", 10.0)
+    assert kernels.problems[0].startswith("test_tube_loss_triton.py: pytest timeout")
+
+
 # Contestants that take the process down
 
 

@@ -16,12 +16,14 @@ import time
 import tokenize
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from bench.environment import ROOT
 from bench.gpu.suite import run_bounded, tail
 from lumos_kernels import dispatch
 
 ENDED = "ended the process"
+KERNEL_FILES = ROOT / "tests" / "triton_kernels"
 LARGE_SHARE = 0.3  # of the time, for the large tests
 
 
@@ -39,17 +41,22 @@ def run(run: Any) -> None:
     pairs = [(name, "reference") for name in ("mm_rope", "frame_attention", "tube_masked_loss", "masked_sample")]
     pairs = pairs if run.dry_run else gpu_implementations()
     run.record["digests"] = {f"{op} {impl}": digest(op, impl) for op, impl in pairs}
-    groups = [Group(run, op) for op in dict.fromkeys(op for op, _ in pairs)]
+    groups: list[Group | KernelFile] = [Group(run, op) for op in dict.fromkeys(op for op, _ in pairs)]
+    groups += [] if run.dry_run else [KernelFile(run, file) for file in sorted(KERNEL_FILES.glob("test_*_triton.py"))]
     _together(run, groups, groups, "not large", run.left() * (1 - LARGE_SHARE))
     # Attention past 2^31 elements takes 50 GB; the others fit beside each other.
-    alone = [group for group in groups if group.op == "frame_attention"]
-    _together(run, groups, [group for group in groups if group not in alone], "large", run.left() * 0.6)
+    by_op = [group for group in groups if isinstance(group, Group)]
+    alone = [group for group in by_op if group.op == "frame_attention"]
+    _together(run, groups, [group for group in by_op if group not in alone], "large", run.left() * 0.6)
     _together(run, groups, alone, "large", run.left())
-    run.record["incomplete"] = {group.op: group.problems for group in groups if group.problems}
-    run.record["logs"] = {group.op: tail(group.log, 1500) for group in groups}
+    run.record["incomplete"] = {
+        op: [problem for group in groups if group.op == op for problem in group.problems]
+        for op in {group.op for group in groups if group.problems}
+    }
+    run.record["logs"] = {group.log.stem: tail(group.log, 1500) for group in groups}
 
 
-def _together(run: Any, groups: list[Group], running: list[Group], marker: str, seconds: float) -> None:
+def _together(run: Any, groups: list, running: list, marker: str, seconds: float) -> None:
     """Runs groups at the same time; what all of them found so far is on file meanwhile."""
     threads = [threading.Thread(target=group.go, args=(marker, seconds)) for group in running]
     for thread in threads:
@@ -101,6 +108,42 @@ class Group:
             else:
                 tests[note["test"]].update(note)
         return list(tests.values())
+
+
+class KernelFile:
+    """A file of tests/triton_kernels, which without a GPU runs in Triton's interpreter: here it runs natively."""
+
+    def __init__(self, run: Any, file: Path) -> None:
+        self.file, self.problems = file, []
+        folder = file.stem.removeprefix("test_").removesuffix("_triton")
+        named = [name for name, op in dispatch.ops().items() if op.package.endswith(f".{folder}")]
+        self.op = named[0] if named else folder
+        self.log, self.report = run.folder / f"tests_{file.stem}.log", run.folder / f"tests_{file.stem}.xml"
+
+    def go(self, marker: str, seconds: float) -> None:
+        self.report.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", str(self.file), "-q", "-p", "no:cacheprovider"]
+        status = run_bounded([*command, f"--junitxml={self.report}"], seconds, self.log)
+        if not self.report.exists():
+            self.problems.append(f"{self.file.name}: pytest {status}: {tail(self.log, 600)}")
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """What the file's report says; nothing before the file is through."""
+        try:
+            cases = ElementTree.parse(self.report).iter("testcase")
+        except (OSError, ElementTree.ParseError):
+            return []
+        return [self._outcome(case) for case in cases]
+
+    def _outcome(self, case: ElementTree.Element) -> dict[str, Any]:
+        outcome, reason = "passed", ""
+        for kind, name in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+            found = case.find(kind)
+            if found is not None:
+                outcome, reason = name, f"{found.get('message') or ''}\n{found.text or ''}"[-1500:]
+        test = f"{self.file.relative_to(ROOT).as_posix()}::{case.get('name')}"
+        seconds = float(case.get("time") or 0)
+        return {"test": test, "pair": [self.op, "triton"], "outcome": outcome, "seconds": seconds, "reason": reason}
 
 
 def spoiled(test: dict[str, Any]) -> bool:
