@@ -62,9 +62,14 @@ def _with_mask(inputs: Inputs) -> Inputs:
 
 
 def dense_mask(inputs: Inputs) -> tuple[Tensor, ...]:
-    """SDPA with a bool mask [T, T] that was built before."""
+    """SDPA with a bool mask [T, T] that was built before.
+
+    On a GPU keys and values are repeated: to group heads under a mask, torch would keep all scores in memory.
+    """
+    group = inputs.q.shape[1] // inputs.k.shape[1] if inputs.q.is_cuda else 1
     q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
-    return (F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, enable_gqa=True)[0].transpose(0, 1),)
+    k, v = (x if group == 1 else x.repeat_interleave(group, dim=1) for x in (k, v))
+    return (F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, enable_gqa=group == 1)[0].transpose(0, 1),)
 
 
 def _with_official_mask(inputs: Inputs) -> Inputs:

@@ -11,9 +11,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lumos_kernels import Frame, FrameLayout, Text, frame_attention, masked_sample, mm_rope, tube_masked_loss
+from lumos_kernels import (
+    Frame,
+    FrameLayout,
+    RowLimits,
+    Text,
+    frame_attention,
+    masked_sample,
+    mm_rope,
+    tube_masked_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,15 @@ _MAKERS = {
     "tube_masked_loss": _tube_masked_loss,
     "masked_sample": _masked_sample,
 }
+
+
+def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, limits: RowLimits) -> Tensor:
+    """SDPA with the dense mask, the low-precision yardstick. Keys and values are repeated for the query heads: asked to
+    group heads under a mask, torch keeps all scores of a GPU's attention in memory.
+    """
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=limits.dense_mask())[0].transpose(0, 1)
 
 
 def example(op: str, size: Size, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Example:
