@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser().error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in PARTS)}")
     parts = [part for part in PARTS if names is None or part.name in names]
     suite = Suite(options.out.resolve(), work, 60 * options.minutes, options.dry_run, options.commit)
-    result = suite.run(parts, resume=options.resume)
+    try:
+        result = suite.run(parts, resume=options.resume)
+    except ValueError as error:
+        parser().error(str(error))
     print(summary.markdown(result))
     return 0 if all(part["status"] == "ok" for part in result["parts"].values()) else 1
 

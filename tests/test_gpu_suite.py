@@ -104,8 +104,18 @@ def test_resume_runs_what_is_not_finished(run_parts):
     result, started = run_parts({"tests": (None, "x"), "ops": (None, "x")}, resume=True)
     assert started == []
     assert result["parts"]["ops"]["status"] == "ok"
-    _, started = run_parts({"tests": ({"a": 2}, "ok")})
+    result, started = run_parts({"tests": ({"a": 2}, "ok")})
     assert [name for name, _ in started] == ["tests"]
+    assert set(result["parts"]) == {"tests"}, "a new run starts afresh"
+
+
+def test_resume_refuses_other_code(run_parts, monkeypatch):
+    run_parts({"tests": ({"a": 1}, "ok")})
+    monkeypatch.setattr(suite, "code_digest", lambda: "other")
+    with pytest.raises(ValueError, match="parts of other code"):
+        run_parts({"tests": ({"a": 1}, "ok")}, resume=True)
+    _, started = run_parts({"tests": ({"a": 1}, "ok")})
+    assert len(started) == 1
 
 
 def test_the_time_of_a_part_scales_and_ends_with_the_budget(run_parts):

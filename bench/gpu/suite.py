@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -94,6 +95,14 @@ def _kill_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def code_digest() -> str:
+    """Of the sources of both packages."""
+    digest = hashlib.sha256()
+    for file in sorted(file for package in ("lumos_kernels", "lumos") for file in (ROOT / package).rglob("*.py")):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
 def tail(log: Path, length: int = LOG_TAIL) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-length:] if log.exists() else ""
 
@@ -113,11 +122,19 @@ class Suite:
         return self.seconds - (time.monotonic() - self.start)
 
     def run(self, parts: Sequence[Part], resume: bool = False) -> dict[str, Any]:
-        """Runs the parts in order and returns the whole result, which is on file after each of them."""
+        """Runs the parts in order and returns the whole result, which is on file after each of them.
+
+        resume: keep what an earlier run left in `work`, leave out the parts that it finished. Raises ValueError where
+        the code has changed since: a result is of one state of the code.
+        """
         self.work.mkdir(parents=True, exist_ok=True)
         self.out.mkdir(parents=True, exist_ok=True)
-        statuses = read_json(self.work / "statuses.json") or {}
-        finished = {name for name, status in statuses.items() if resume and status["status"] == "ok"}
+        earlier = (read_json(self.work / "statuses.json") or {}) if resume else {}
+        code = code_digest()
+        if earlier.get("code", code) != code:
+            raise ValueError(f"{self.work} holds parts of other code: run without --resume")
+        statuses = earlier.get("parts", {})
+        finished = {name for name, status in statuses.items() if status["status"] == "ok"}
         for part in parts:
             if part.name in finished:
                 continue
@@ -125,7 +142,7 @@ class Suite:
                 statuses.setdefault(part.name, {"status": "not started", "wall_s": 0.0, "log": "no time was left"})
             else:
                 statuses[part.name] = self._run(part)
-            write_json(self.work / "statuses.json", statuses)
+            write_json(self.work / "statuses.json", {"code": code, "parts": statuses})
             result = self._write(statuses)
         return result if parts and not finished.issuperset(p.name for p in parts) else self._write(statuses)
 
