@@ -14,7 +14,7 @@ import torch
 
 from lumos_kernels import library, masked_sample
 from lumos_kernels.masked_sample import native, reference
-from lumos_kernels.masked_sample.philox import gumbels
+from lumos_kernels.masked_sample.philox import gumbels, uniforms
 from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_reference
 
 pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
@@ -111,6 +111,43 @@ def test_near_ties_are_decided_as_the_specification_decides_them(isa, noise, shi
     logits = shift - gumbels(row_keys, 500) + noise * torch.randn(200, 500)
     logits[logits.isinf()] = shift
     assert_bitwise_equal(draw(logits, row_keys, isa)[0], reference.draw(logits, row_keys)[0])
+
+
+def test_ties_with_the_smallest_uniforms(isa):
+    """Where E is as near its bound u as it gets, and what turns classes away as sharp: ties to a few units in the last
+    place between class 0 and a class of u < 1e-5, all others far below.
+    """
+    row_keys, columns = keys(2000, seed=3), 1000
+    small = (uniforms(row_keys, columns) < 1e-5).nonzero()
+    small = small[small[:, 1] > 0]
+    assert len(small) > 10
+    row_keys = row_keys[small[:, 0]]
+    variates = gumbels(row_keys, columns)
+    winners = set()
+    for offset in range(-6, 7):
+        logits = torch.full_like(variates, -60.0)
+        logits[:, 0] = 2 - variates[:, 0]
+        tied = 2 - variates.gather(1, small[:, 1:])
+        logits.scatter_(1, small[:, 1:], tied + offset * 2.0**-20)  # the last place of numbers from 8 to 16
+        ids = draw(logits, row_keys, isa)[0]
+        assert_bitwise_equal(ids, reference.draw(logits, row_keys)[0])
+        winners |= {bool(first) for first in ids == 0}
+    assert winners == {True, False}
+
+
+@pytest.mark.parametrize(("counter", "column"), [(722582, 26), (994113, 37), (1473363, 29)])
+def test_a_uniform_of_one_never_wins(isa, counter, column):
+    """The word of this column rounds to 2^32, so its variate is -inf; all others lie so far below that their
+    exponentials are 0, and one of them is drawn.
+    """
+    row_keys = torch.tensor([[3, counter]])
+    assert float(gumbels(row_keys, 64)[0, column]) == -torch.inf
+    for below in (-90.0, -200.0, -1e4):
+        logits = torch.full((1, 64), below)
+        logits[0, column] = 0
+        ids = draw(logits, row_keys, isa)[0]
+        assert_bitwise_equal(ids, reference.draw(logits, row_keys)[0])
+        assert int(ids) != column
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63 - 1, -(2**63), 2**32, 2**32 - 1])
