@@ -258,7 +258,31 @@ def tube_loss_cases() -> Iterator[Case]:
         yield Case(f"tube_loss backward {name}", run, {"_gradient_kernel": backward})
 
 
-CASES: tuple[Callable[[], Iterator[Case]], ...] = (mm_rope_cases, tube_loss_cases)
+def masked_sample_cases() -> Iterator[Case]:
+    """The configuration at the 64,000 visual classes, with and without guidance and randomness."""
+    from lumos_kernels.masked_sample import triton as implementation
+
+    def call(guided=True, greedy=False, classes=64000, dtype=torch.bfloat16) -> None:
+        hidden, weight = torch.empty(4, 8, dtype=dtype), torch.empty(classes, 8, dtype=dtype)
+        keys = None if greedy else torch.empty(4, 2, dtype=torch.int64)
+        implementation.forward(hidden, hidden if guided else None, weight, keys, 3.0, 0.7)
+
+    # No exchange through shared memory but that of the last reductions: a Philox counter's words stay in their thread.
+    limits = {"shared": 256, "at_most": {"STS": 8, "LDS": 8}}
+    one, two = (Budget(registers=64, **limits, at_least={"LDG.E.128": accesses}) for accesses in (2, 4))
+    narrow = Budget(registers=104, **limits)
+    variants = {
+        "guided": ({}, two),
+        "unguided": ({"guided": False}, one),
+        "greedy": ({"greedy": True}, two),
+        "classes no multiple of 16": ({"classes": 63999}, narrow),
+        "one class": ({"classes": 1}, narrow),
+    }
+    for name, (variant, budget) in variants.items():
+        yield Case(f"masked_sample {name}", functools.partial(call, **variant), {"_sample_kernel": budget})
+
+
+CASES: tuple[Callable[[], Iterator[Case]], ...] = (mm_rope_cases, tube_loss_cases, masked_sample_cases)
 
 
 def all_resources(archs: Iterable[int]) -> Iterator[Resources]:

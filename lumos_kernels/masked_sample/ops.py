@@ -15,7 +15,9 @@ from lumos_kernels.dispatch import Problem, runs_anywhere
 from lumos_kernels.library_ops import define
 
 OP = dispatch.register(
-    "masked_sample", "lumos_kernels.masked_sample", {"native": dispatch.runs_native, "reference": runs_anywhere}
+    "masked_sample",
+    "lumos_kernels.masked_sample",
+    {"triton": dispatch.runs_triton, "native": dispatch.runs_native, "reference": runs_anywhere},
 )
 
 

@@ -169,7 +169,7 @@ def forward(
     nll, lse = (torch.empty(rows.shape, dtype=torch.float32, device=rows.device) for _ in range(2))
     correct = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
     for part in work.chunks():
-        x, logits = work.logits(part)
+        logits = work.logits(part)
         row_weights = None if row_weight is None else row_weight[part]
         options = _options(LOSS, logits)
         with checks.device_guard(logits):
@@ -186,7 +186,7 @@ def forward(
                 WITH_GRADIENT=need_hidden or need_weight,
                 **options,
             )
-        work.add(part, x, logits)
+        work.add(part, logits)
     return nll, lse, correct.view(torch.bool), work.dhidden, work.dweight
 
 
@@ -206,13 +206,13 @@ def backward(
         return None, None
     work = _Work(hidden, weight, rows, need_hidden, need_weight)
     for part in work.chunks():
-        x, logits = work.logits(part)
+        logits = work.logits(part)
         options = _options(GRADIENT, logits)
         grid = len(logits), triton.cdiv(logits.shape[1], options["BLOCK"])
         per_row = (tensor[part] for tensor in (targets, lse, grad_nll, grad_lse))
         with checks.device_guard(logits):
             _gradient_kernel[grid](logits, *per_row, logits.stride(0), logits.shape[1], **options)
-        work.add(part, x, logits)
+        work.add(part, logits)
     return work.dhidden, work.dweight
 
 
@@ -238,13 +238,15 @@ def _options(table: dict[int, Config], logits: Tensor) -> dict:
 
 
 class _Work:
-    """The matmuls of a call and their results. Beyond the results it holds one chunk: logits, and rows of x and dx."""
+    """The matmuls of a call and their results. Beyond the results it holds one chunk: logits, and rows of x or dx."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, rows: Tensor, need_hidden: bool, need_weight: bool) -> None:
         self.hidden, self.weight, self.rows = hidden, weight, rows
-        device, classes = hidden.device, weight.shape[0]
+        device, (classes, width) = hidden.device, weight.shape
         self.size = chunk_rows(len(rows), classes, hidden.element_size())
-        self._logits = torch.empty((min(self.size, len(rows)), classes), dtype=hidden.dtype, device=device)
+        size = min(self.size, len(rows))
+        self._x = torch.empty((size, width), dtype=hidden.dtype, device=device)
+        self._logits = torch.empty((size, classes), dtype=hidden.dtype, device=device)
         self.dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if need_hidden else None
         allocate = torch.empty if len(rows) else torch.zeros  # the first chunk writes all of it
         self.dweight = allocate(weight.shape, dtype=torch.float32, device=device) if need_weight else None
@@ -252,24 +254,26 @@ class _Work:
     def chunks(self) -> Iterator[slice]:
         return (slice(start, min(start + self.size, len(self.rows))) for start in range(0, len(self.rows), self.size))
 
-    def logits(self, part: slice) -> tuple[Tensor, Tensor]:
-        """x [rows, C] and its logits [rows, K], which take the place of the chunk's before."""
-        x = self.hidden.index_select(0, self.rows[part])
-        return x, torch.mm(x, self.weight.T, out=self._logits[: len(x)])
+    def logits(self, part: slice) -> Tensor:
+        """[rows, K], in the place of the chunk's before."""
+        rows = self.rows[part]
+        x = torch.index_select(self.hidden, 0, rows, out=self._x[: len(rows)])
+        return torch.mm(x, self.weight.T, out=self._logits[: len(rows)])
 
-    def add(self, part: slice, x: Tensor, dlogits: Tensor) -> None:
-        """Adds a chunk's part of the gradients."""
-        if self.dhidden is not None:
-            self.dhidden.index_copy_(0, self.rows[part], torch.mm(dlogits, self.weight))
+    def add(self, part: slice, dlogits: Tensor) -> None:
+        """Adds a chunk's part of the gradients. dx takes the place of x, which dweight needs before."""
+        x = self._x[: len(dlogits)]
         if self.dweight is not None:
             add_outer(self.dweight, dlogits.T, x, first=part.start == 0)
+        if self.dhidden is not None:
+            self.dhidden.index_copy_(0, self.rows[part], torch.mm(dlogits, self.weight, out=x))
 
 
 def add_outer(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total += a b in fp32, or total = a b. Half-precision products go straight into the fp32 sums, without a copy of
     `total`: torch has that for CUDA alone, so the interpreter's tensors are converted.
     """
-    if a.dtype == torch.float32 or not a.is_cuda:
+    if a.dtype == torch.float32 or a.device.type == "cpu":
         torch.addmm(total, a.float(), b.float(), beta=0 if first else 1, out=total)
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, beta=0 if first else 1, out=total)
