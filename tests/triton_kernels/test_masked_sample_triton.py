@@ -44,7 +44,7 @@ def problem(device, classes=700, rows=8, width=24, dtype=torch.float32, scale=2.
     """hidden of both branches, weight, and a key for each row."""
     hidden = [torch.randn(rows, width).to(device, dtype) for _ in range(2)]
     weight = torch.randn(FIRST + classes + BEHIND, width) * scale / width**0.5
-    keys = torch.tensor((KEYS * (rows // len(KEYS) + 1))[:rows], device=device).view(rows, 2)
+    keys = torch.tensor((KEYS * (rows // len(KEYS) + 1))[:rows], dtype=torch.int64, device=device).view(rows, 2)
     return *hidden, weight.to(device, dtype), keys
 
 
