@@ -23,7 +23,7 @@ from lumos_kernels.testing import (
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-QUERY_TILE, KEY_TILE = 128, 256  # kQueryTile, kKeyTile; without tiles a key tile is 192
+QUERY_TILE, KEY_TILE = 128, 384  # kQueryTile and the largest kKeyTile (192 in fp32, 256 in AMX)
 NAMES = ("o", "lse", "dq", "dk", "dv")
 
 native = pytest.importorskip("lumos_kernels.frame_attention.native", exc_type=ImportError)
@@ -120,7 +120,10 @@ def test_query_heads_of_a_kv_head(isa, group, dtype):
 
 
 # Around the rows of a register block, a block of keys (64, 128 or 256) and the tiles.
-@pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 31, 32, 33, 127, 128, 129, 191, 192, 193, 255, 256, 257, 385, 513])
+LENGTHS = (1, 2, 5, 6, 7, 31, 32, 33, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 384, 385, 513)
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_lengths_around_the_tiles(isa, tokens, dtype):
     limits = causal(tokens)
@@ -186,8 +189,8 @@ def test_limits_with_strides(isa):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (3, 1)], ids=str)
 def test_threads_change_no_bit(isa, heads, dtype):
-    """One kv head and four key tiles: threads wait for each other in every query tile."""
-    limits = causal(3 * KEY_TILE + 5)
+    """One kv head and at least three key tiles: threads wait for each other in every query tile."""
+    limits = causal(2 * KEY_TILE + 5)
     leaves = leaves_of(limits, heads, dtype=dtype)
     upstream = upstream_of(leaves, lse=True)
     expected = run(leaves, limits, upstream)
@@ -227,6 +230,16 @@ def test_one_token_of_large_norm(isa, of, place):
     leaves = leaves_of(limits, (8, 1), 64, torch.bfloat16)
     leaves["qkv".index(of)].data[place] *= 2.0**100 if of == "v" else 60
     check(leaves, limits, upstream_of(leaves, lse=of != "v"))
+
+
+def test_large_values_at_large_scores(isa):
+    """Exponents of 26 pass for a fixed reference of 0, but their p times values of 2^110 would overflow."""
+    limits = causal(100)
+    q, k, v = leaves_of(limits, (4, 1), 32, torch.bfloat16)
+    for x in (q, k):
+        x.data.mul_(0.05).add_(1.8)
+    v.data *= 2.0**110
+    check([q, k, v], limits, upstream_of([q]))
 
 
 @pytest.mark.parametrize("sizes", [(1, 60, 1), (60, 1, 60), (60, 1, 1), (1, 1, 60)], ids=str)
@@ -299,7 +312,7 @@ def test_documents_do_not_touch_wherever_they_meet(isa, dtype, side):
     """At every place inside the register blocks of a tile: what decides that a block needs no mask is off by one for
     one of them, and one leaked key is within every tolerance.
     """
-    for first in range(130, 142):
+    for first in (*range(130, 142), 127, 128, 159, 160, 255, 256):  # and the ends of key blocks and of tiles
         row = torch.arange(2 * QUERY_TILE + 9)
         second = row >= first
         limits = RowLimits.from_kv(first * second, torch.where(second, len(row), first), len(row), check=True)

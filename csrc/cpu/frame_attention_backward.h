@@ -1,7 +1,8 @@
-// The backward pass of frame attention: an item is a kv head and a tile of keys, and walks over the queries that see it.
+// The backward pass of frame attention: an item is a kv head and a tile of keys, and walks over the queries that see
+// it.
 //
-// In the orientation keys x queries lse and delta belong to lanes, and the transposed p and ds are left operands as they
-// come. With p = 2^(s - lse), dp = do v^T and ds = p * (dp - delta):
+// In the orientation keys x queries lse and delta belong to lanes, and the transposed p and ds are left operands as
+// they come. With p = 2^(s - lse), dp = do v^T and ds = p * (dp - delta):
 //     dv += p^T do,   dk += scale ds^T q,   dq += scale ds k.
 // The first two stay with the owner. dq is summed transposed in fp32 memory, one key tile after the other (`done`).
 #pragma once
@@ -30,7 +31,8 @@ struct BackwardSpace {
   int64_t size;
 
   BackwardSpace(const FrameAttentionProblem& x, float* scratch) {
-    const int64_t keys = M::kKeyTile * x.head_dim, queries = M::kQueryTile * x.head_dim, pairs = M::kKeyTile * M::kQueryTile;
+    const int64_t keys = M::kKeyTile * x.head_dim, queries = M::kQueryTile * x.head_dim;
+    const int64_t pairs = M::kKeyTile * M::kQueryTile;
     Pieces pieces(scratch);
     take(pieces, keys / M::kStep, k, v, k_turned);
     take(pieces, keys, dk, dv);
@@ -142,16 +144,16 @@ class Backward {
     M::template matmul<Start::sum>(ds, stride, space_.q_pairs, dim, keys, dim, stride, space_.dk + low_ * dim, dim);
     wait_for(tile + 1);
     M::template matmul<Start::sum>(space_.k_turned + low_ / M::kStep, M::kKeyTile / M::kStep,
-                          space_.ds_pairs + low_ / M::kStep * columns_, columns_, dim, columns_, keys / M::kStep,
-                          dq_sums<M>(x_, head, tile), M::kQueryTile);
+                                   space_.ds_pairs + low_ / M::kStep * columns_, columns_, dim, columns_,
+                                   keys / M::kStep, dq_sums<M>(x_, head, tile), M::kQueryTile);
   }
 
   /// p and ds of six keys and all queries of the tile.
   void add_scores(int64_t key) {
-    M::template matmul<Start::zero>(space_.k + key * words_, words_, space_.q_columns, columns_, M::kRows, columns_, words_,
-                           space_.scores, columns_);
-    M::template matmul<Start::zero>(space_.v + key * words_, words_, space_.do_columns, columns_, M::kRows, columns_, words_,
-                           space_.dp, columns_);
+    M::template matmul<Start::zero>(space_.k + key * words_, words_, space_.q_columns, columns_, M::kRows, columns_,
+                                    words_, space_.scores, columns_);
+    M::template matmul<Start::zero>(space_.v + key * words_, words_, space_.do_columns, columns_, M::kRows, columns_,
+                                    words_, space_.dp, columns_);
     if (key >= open_low_ && key + M::kRows <= open_high_) {
       soften<false>(key);
     } else {

@@ -1,16 +1,17 @@
 // The forward pass of frame attention: an item is a kv head and a tile of query tokens, with all query heads of it.
 //
-// Softmax in base 2: p = 2^(s factor - reference), o = sum p v / sum p. The reference of a row is its largest exponent so
-// far; when it rises, what was summed is scaled down.
+// Softmax in base 2: p = 2^(s factor - reference), o = sum p v / sum p. The reference of a row is its largest exponent
+// so far; when it rises, what was summed is scaled down.
 //
-// Under M::kFixedReference it is 0 as long as |s factor| <= |q| |k| factor is at most kFixedLimit (Cauchy and Schwarz; the
-// scores' own rounding is 1e-4 of that at most): no pass for the maximum, nothing to scale. p lies between 2^-31 and 2^31
-// then, which fp32 and bf16 hold with all their bits, and while |v| is below 2^60 a sum of 2^36 terms does not overflow.
-// The norms are the largest of a row block and of a key block; a row block turns to the maximum at the first key block
-// that is too large, or not finite. The maximum is rounded to an integer there: what a row does not see does count in the
-// norms, but which reference it leads to changes p by a power of 2 and no bit of the result. (The exception: terms that
-// fp32 loses under one reference and holds under the other, those of values |v| < 2^-64.) Elsewhere the exponent is
-// (s - maximum) factor, so that the row of one key has p = 1 and its o is v exactly, in fp32 too.
+// Under M::kFixedReference it is 0 as long as |s factor| <= |q| |k| factor is at most kFixedLimit (Cauchy and Schwarz;
+// the scores' own rounding is 1e-4 of that at most): no pass for the maximum, nothing to scale. p lies between 2^-31
+// and 2^31 then, which fp32 and bf16 hold with all their bits, and while |v| is below 2^60 a sum of 2^36 terms does
+// not overflow. The norms are the largest of a row block and of a key block; a row block turns to the maximum at the
+// first key block that is too large, or not finite. The maximum is rounded to an integer there: what a row does not
+// see does count in the norms, but which reference it leads to changes p by a power of 2 and no bit of the result.
+// (The exception: terms that fp32 loses under one reference and holds under the other, those of values |v| < 2^-64.)
+// Elsewhere the exponent is (s - maximum) factor, so that the row of one key has p = 1 and its o is v exactly, in fp32
+// too.
 #pragma once
 
 #include "frame_attention_shared.h"
@@ -85,6 +86,7 @@ class Forward {
     fill(space_.rounded, group_ * padded_ * kLanes, 0.0f);
     fill(space_.best, group_ * padded_, M::kFixedReference ? 0.0f : -kInfinity);
     if constexpr (M::kFixedReference) {
+      static_assert(M::kRows % kLanes == 0);
       for (int64_t row = 0; row < group_ * padded_; row += M::kRows) {
         // As columns of 16 rows each: [words][16] fits where the scores will be.
         float square = 0;

@@ -43,7 +43,8 @@ inline void with_storage(Dtype dtype, Body body) {
   }
 }
 
-[[maybe_unused]] void forward_any(const FrameAttentionProblem& x, int64_t kv_head, int64_t first_token, float* scratch) {
+[[maybe_unused]] void forward_any(const FrameAttentionProblem& x, int64_t kv_head, int64_t first_token,
+                                  float* scratch) {
   with_storage(x.dtype, [&](auto* storage) {
     forward_tile<std::remove_pointer_t<decltype(storage)>, Fp32>(x, kv_head, first_token, scratch);
   });

@@ -18,7 +18,7 @@ struct ModelTiles {
   };
   inline static thread_local State state = {};
 
-  /// As the CPU: a tile that is not configured, or not in the sizes that an instruction wants, is an illegal instruction.
+  /// As the CPU: a tile that is not configured, or not as large as an instruction wants, is an illegal instruction.
   static void require(bool fine) {
     if (!fine) __builtin_trap();
   }

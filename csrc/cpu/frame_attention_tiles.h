@@ -1,7 +1,7 @@
 // The matmul under frame attention in AMX tiles, over a small set of tile operations: those of the CPU, or a model.
 //
-// A tile is 16 rows of 64 bytes: 16 x 16 fp32 of C, 16 rows x 32 bf16 of A, or 16 pairs x 16 columns of B. Eight of them
-// make a block of 32 x 32 sums (0 to 3), two tiles of A (4, 5) and two of B (6, 7): four products for four loads.
+// A tile is 16 rows of 64 bytes: 16 x 16 fp32 of C, 16 rows x 32 bf16 of A, or 16 pairs x 16 columns of B. The eight
+// hold a block of 32 x 32 sums (0 to 3), two tiles of A (4, 5) and two of B (6, 7): four products for four loads.
 #pragma once
 
 #include <cstdint>
