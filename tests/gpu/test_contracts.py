@@ -213,7 +213,9 @@ def test_loss_past_int32_offsets(op, impl, device):
     part = one.replace(hidden=hidden[few], labels=labels[few], rows=torch.arange(2 * last, device=device).int())
     loss, nll, lse, correct, dhidden, dweight = one.with_gradients(impl)
     assert not dhidden[last:-last].any()
-    assert_same((loss, nll[few], lse[few], correct[few], dhidden[few], dweight), part.with_gradients(impl))
+    expected = part.with_gradients(impl)
+    assert_same((nll[few], lse[few], correct[few], dhidden[few], dweight), expected[1:])
+    assert float(loss) == pytest.approx(float(expected[0]), rel=1e-5)  # a sum over more rows, in another order
 
 
 @needs_gpu
