@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_suite, registry
+from bench import gpu_suite, measure, registry
 from bench.gpu import cases, gates, parts, suite, summary, tests, whole_model
 from bench.gpu.suite import Part, Recorder, Suite, read_json, run_bounded, write_json
 from bench.registry import Contestant
@@ -307,7 +307,7 @@ def test_a_case_has_rows_for_those_who_are_missing_excluded_or_broken(monkeypatc
     ]
     changed = type(bench)(**{**vars(bench), "rivals": rivals})
     monkeypatch.setattr(registry, "ops", lambda: {"mm_rope": changed})
-    from bench import measure, report
+    from bench import report
 
     monkeypatch.setattr(measure, "ops", registry.ops)
     monkeypatch.setattr(report, "ops", registry.ops)
@@ -320,6 +320,40 @@ def test_a_case_has_rows_for_those_who_are_missing_excluded_or_broken(monkeypatc
     assert (rows["crashing"]["status"], rows["crashing"]["reason"]) == ("failed", "it ended the process")
     assert rows["eager"]["status"] == "ok"
     json.dumps(record)
+
+
+def test_the_gpu_clock_times_the_calls_alone_and_with_a_cold_cache(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = sum(us for us, _ in happened)
+            happened.append((1, "event"))
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) / 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append((800, "sleep")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append((0, "wait")))
+    clock = object.__new__(measure.CudaClock)
+    clock.cache = type("Cache", (), {"zero_": lambda self: happened.append((100, "flush"))})()
+    took = clock(lambda: happened.append((44, "call")), 3)
+    assert took == pytest.approx(3 * 45e-6)  # 44 us of the call and 1 of its first event
+    assert [name for _, name in happened] == ["flush", "sleep", "event", "call", "event"] * 3 + ["wait"]
+
+
+def test_a_measurement_ends_with_the_time_that_passes_not_with_the_time_that_it_reports():
+    def clock(call, repeats):
+        time.sleep(0.02)  # flushing, sleeping, waiting
+        return 1e-6 * repeats
+
+    start = time.monotonic()
+    measure.interleave({"a": lambda: None, "b": lambda: None}, seconds=0.2, clock=clock)
+    assert time.monotonic() - start < 2
 
 
 # The whole model
