@@ -16,7 +16,16 @@ import torch
 from lumos_kernels import __version__, library
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "numpy", "flash-attn", "liger-kernel")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "flash-attn",
+    "flash-attn-4",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+)
 
 
 def record(device: str, threads: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The GPU suite on a CPU: what becomes of parts that fail, hang or die, what is kept, and a dry run of the parts."""
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -354,6 +355,24 @@ def test_a_measurement_ends_with_the_time_that_passes_not_with_the_time_that_it_
     start = time.monotonic()
     measure.interleave({"a": lambda: None, "b": lambda: None}, seconds=0.2, clock=clock)
     assert time.monotonic() - start < 2
+
+
+def test_a_contestant_that_hangs_ends_the_process_by_name(tmp_path):
+    out = tmp_path / "cases.json"
+    hang = f"""
+import time
+from bench import registry
+from bench.gpu import cases
+from bench.registry import Contestant
+bench = registry.ops()["mm_rope"]
+rivals = [*bench.rivals, Contestant("hanging", lambda inputs: time.sleep(60))]
+changed = type(bench)(**{{**vars(bench), "rivals": rivals}})
+real = registry.ops
+registry.ops = lambda: {{**real(), "mm_rope": changed}}
+cases.main(["mm_rope/tiny-smoke/bf16/forward", "--out", {str(out)!r}, "--device", "cpu", "--patience", "2"])
+"""
+    assert run_bounded(python(hang), 60, tmp_path / "log") == f"failed (exit -{int(signal.SIGALRM)})"
+    assert read_json(out)["running"] == ["mm_rope/tiny-smoke/bf16/forward", "hanging"]
 
 
 # The whole model

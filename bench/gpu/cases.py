@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from bench import measure, registry, report
 from bench.gpu.suite import write_json
 from bench.measure import Row
 from lumos_kernels import dispatch
+
+SHARED = ("reference", "timing")  # stretches that are no contestant's own
 
 
 def contestants(case: registry.Case, device: str, excluded: Sequence[str]) -> list[registry.Contestant]:
@@ -55,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="no case is begun after them")
     parser.add_argument("--each", type=float, default=1.5, help="seconds of timing a case")
     parser.add_argument("--exclude", action="append", default=[], metavar="CONTESTANT")
+    parser.add_argument("--patience", type=int, default=60, help="seconds that a contestant may take before timing")
     options = parser.parse_args(arguments)
 
     end = time.monotonic() + options.seconds
@@ -68,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def announce(name: str, key: str = key) -> None:
             found["running"] = [key, name]
             write_json(options.out, found)
+            # Who compiles or hangs for longer ends the process (SIGALRM) and is left out of the next one.
+            signal.alarm(options.patience * (2 if name in SHARED else 1))
 
         announce("reference")
         excluded = [name for name in options.exclude if name in _names(case)]
@@ -75,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record["seconds"] = round(time.monotonic() - begin, 1)
         found["cases"].append(record)
         found["running"] = None
+        signal.alarm(0)
         write_json(options.out, found)
         slowest = max(slowest, time.monotonic() - begin) / 2  # later cases are of the same order
         gc.collect()

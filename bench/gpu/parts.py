@@ -18,6 +18,7 @@ import torch
 from bench import environment, measure, registry
 from bench.environment import ROOT
 from bench.gpu import tests, whole_model
+from bench.gpu.cases import SHARED
 from bench.gpu.suite import Part, Recorder, read_json, run_bounded, tail
 from lumos_kernels import dispatch
 from lumos_kernels.dispatch import Problem
@@ -41,17 +42,17 @@ OP_CASES = (
     "frame_attention/3B-256p-7f/bf16/forward",
     "frame_attention/3B-256p-7f/bf16/forward+backward",
     "frame_attention/1B-256p-7f/bf16/forward",
-    "frame_attention/1B-256p-7f/bf16/forward+backward",
     "mm_rope/1B-256p-7f/bf16/forward",
     "mm_rope/1B-256p-7f/bf16/forward+backward",
-    "tube_masked_loss/1B-256p-7f/bf16/forward+backward",
     "tube_masked_loss/1B-384p-7f/bf16/forward+backward",
     "masked_sample/1B-256p-1f/bf16/forward",
+    "frame_attention/1B-256p-7f/bf16/forward+backward",
     "frame_attention/3B-384p-7f/bf16/forward",
     "frame_attention/3B-384p-7f/bf16/forward+backward",
     "frame_attention/1B-384p-7f/bf16/forward",
     "frame_attention/1B-384p-7f/bf16/forward+backward",
     "tube_masked_loss/3B-384p-7f/bf16/forward+backward",
+    "tube_masked_loss/1B-256p-7f/bf16/forward+backward",
     "mm_rope/3B-256p-7f/bf16/forward",
     "mm_rope/3B-256p-7f/bf16/forward+backward",
 )
@@ -171,7 +172,7 @@ def ops(run: Run) -> None:
             break
         key, name = found["running"]
         run.record["crashed"] += [{"case": key, "contestant": name, "log": tail(log, 1500)}]
-        if name in excluded or name in ("reference", "timing"):
+        if name in excluded or name in SHARED:
             todo = [other for other in todo if other != key]
         else:
             excluded.append(name)
