@@ -121,7 +121,7 @@ def test_tube_loss_of_known_rows(dtype, need):
     """... on Triton, in three chunks; its matmuls are called as CUDA's library demands."""
     kernels = pytest.importorskip("lumos_kernels.tube_loss.triton")
     hidden, weight, labels, rows, per_token = tube_loss_arguments(400, 64, 640, dtype)
-    with pretended_gpu() as record, mock.patch.object(kernels, "LOGITS_BYTES", 128 * 640 * dtype.itemsize):
+    with pretended_gpu() as record, mock.patch.object(kernels, "CHUNK_BYTES", 128 * 704 * dtype.itemsize):
         nll, lse, correct, dhidden, dweight = tube_loss_ops._forward(
             hidden, weight, labels, rows, per_token, 8, 648, 0.1, *need, "triton"
         )

@@ -113,9 +113,9 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """4 rows of at most 300 fp32 classes."""
+    """4 rows of at most 300 fp32 classes and 24 channels."""
     monkeypatch.setattr(kernels, "ROW_MULTIPLE", 4)
-    monkeypatch.setattr(kernels, "LOGITS_BYTES", 4 * 300 * 4)
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 4 * (300 + 24) * 4)
 
 
 PROBLEMS = [
@@ -320,16 +320,18 @@ def seeded(inputs) -> list[Tensor]:
 
 
 def test_chunks_are_equal_and_bounded():
-    assert kernels.chunk_rows(28224, 64000, 2) == 4096  # 6 of 4,096 rows and one of 3,648
-    assert kernels.chunk_rows(8781, 64000, 2) == 2944  # 3 chunks, not 2 of 4,096 and one of 589
-    assert kernels.chunk_rows(28224, 64000, 4) == 2048
-    assert kernels.chunk_rows(1, 64000, 2) == 128
-    assert kernels.chunk_rows(0, 1, 2) == 128
-    for rows in (1, 127, 128, 129, 4095, 4096, 4097, 8781, 12544, 19757, 28224, 90000):
-        for itemsize in (2, 4):
-            size = kernels.chunk_rows(rows, 64000, itemsize)
+    wide = (64000 + 2048) * 2
+    assert kernels.chunk_rows(28224, wide) == 4096  # 6 of 4,096 rows and one of 3,648
+    assert kernels.chunk_rows(8781, wide) == 2944  # 3 chunks, not 2 of 4,352 and one of 77
+    assert kernels.chunk_rows(28224, 2 * wide) == 2176
+    assert kernels.chunk_rows(1, wide) == 128
+    assert kernels.chunk_rows(0, 4) == 128
+    assert kernels.chunk_rows(1, 1 << 40) == 128
+    for rows in (1, 127, 128, 129, 4095, 4096, 4097, 8781, 12544, 19757, 28224, 90000, 10**9):
+        for row_bytes in (2 * (320 + 2048), wide, 2 * (64000 + 3072), 2 * wide):
+            size = kernels.chunk_rows(rows, row_bytes)
             assert size % 128 == 0
-            assert size * 64000 * itemsize <= kernels.LOGITS_BYTES
+            assert size * row_bytes <= kernels.CHUNK_BYTES < 0.6e9
 
 
 def test_rows_beyond_two_to_the_31_elements(device):
