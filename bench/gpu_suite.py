@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.gpu import summary
+from bench.gpu import proof, summary
 from bench.gpu.parts import PARTS, run_part
 from bench.gpu.suite import Suite
 
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser().error(str(error))
     print(summary.markdown(result))
+    print("Entries of dispatch.PROVEN that this supports (python -m bench.gpu.proof commits the result by its name):")
+    print("\n".join(proof.conclusion(result["verdicts"], "suite.json")))
     return 0 if all(part["status"] == "ok" for part in result["parts"].values()) else 1
 
 

@@ -261,7 +261,7 @@ def measure_case(
         for name, reason in (failed or {}).items():
             rows[name].status, rows[name].reason = "failed", reason
         announce("timing")
-        samples = interleave(calls, seconds, clock_for(device))
+        samples = _timed(calls, seconds, clock_for(device), failed, rows)
     running = [contestant for contestant in contestants if contestant.name in calls]
     _fill(bench, case, running, rows, samples)
     for contestant in running if with_memory else ():
@@ -273,6 +273,43 @@ def measure_case(
                 else memory.contestant_peak(case.key, contestant.name, device, threads)
             )
     return list(rows.values())
+
+
+class _Raised(Exception):
+    """A contestant raised while it was timed: its name; the cause is chained."""
+
+
+def _timed(
+    calls: dict[str, Callable[[], Any]],
+    seconds: float,
+    clock: Clock,
+    failed: dict[str, str] | None,
+    rows: dict[str, Row],
+) -> dict[str, list[float]]:
+    """Samples of the calls. Where that is tolerated, one that raises (out of memory beside the others) leaves the
+    calls, and the others begin again.
+    """
+    if failed is None:
+        return interleave(calls, seconds, clock)
+
+    def named(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            try:
+                return call()
+            except Exception as error:
+                raise _Raised(name) from error
+
+        return run
+
+    while True:
+        try:
+            return interleave({name: named(name, call) for name, call in calls.items()}, seconds, clock)
+        except _Raised as raised:
+            [name], cause = raised.args, raised.__cause__
+            with _collected(failed, name):
+                raise cause from None
+            rows[name].status, rows[name].reason = "failed", failed[name]
+            del calls[name], raised, cause
 
 
 def _calls(

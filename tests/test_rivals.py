@@ -208,6 +208,24 @@ def test_a_contestant_that_raises_is_a_failed_row_where_that_is_tolerated():
         measure.measure_case(case, "cpu", 0.0, 1, False, contestants)
 
 
+def test_a_contestant_that_fails_while_it_is_timed_leaves_the_others_their_figures():
+    calls = []
+
+    def tires(inputs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return registry.ops()["mm_rope"].reference(inputs)
+
+    case = registry.find("mm_rope/tiny-smoke/fp32/forward")
+    contestants = [*registry.ops()["mm_rope"].contestants(case, "cpu"), Contestant("tires", tires)]
+    rows = measure.measure_case(case, "cpu", 0.0, 1, False, contestants, tolerant=True)
+    by_name = {row.contestant: row for row in rows}
+    assert by_name["tires"].status == "failed"
+    assert by_name["tires"].reason == "OutOfMemoryError: CUDA out of memory"
+    assert all(row.status == "ok" and row.median_s > 0 for name, row in by_name.items() if name != "tires")
+
+
 def test_slack_widens_the_limit_of_one_contestant_alone():
     def shifted(inputs):
         q, k = registry.ops()["mm_rope"].reference(inputs)

@@ -106,6 +106,12 @@ def entries(found: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     return [f'("{v["op"]}", "{v["impl"]}"): {{"{v["arch"]}": "{name}"}},' for v in found if not v["reasons"]]
 
 
+def conclusion(found: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """The entries that a result supports, and why there are no others."""
+    refused = [f"not {v['op']} {v['impl']}: {reason}" for v in found for reason in v["reasons"]]
+    return [*(entries(found, name) or ["(none)"]), *refused]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.proof", description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="suite.json")
@@ -116,10 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     print(f"{options.results / name}: commit it, its .md, and these entries of PROVEN in lumos_kernels/dispatch.py:")
-    print("\n".join(entries(found, name)) or "(none)")
-    for verdict in found:
-        for reason in verdict["reasons"]:
-            print(f"not {verdict['op']} {verdict['impl']}: {reason}")
+    print("\n".join(conclusion(found, name)))
     return 0
 
 
