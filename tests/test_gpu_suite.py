@@ -13,6 +13,7 @@ from bench import gpu_suite, measure, registry
 from bench.gpu import cases, gates, parts, suite, summary, tests, whole_model
 from bench.gpu.suite import Part, Recorder, Suite, read_json, run_bounded, write_json
 from bench.registry import Contestant
+from lumos_kernels import dispatch
 
 
 def python(code):
@@ -293,6 +294,34 @@ def test_a_case_whose_reference_ends_the_process_is_left_out(tmp_path, monkeypat
     run = parts.Run(Recorder(tmp_path / "ops.json"), tmp_path, 100.0, dry_run=True)
     parts.ops(run)
     assert [len(keys) for keys in calls] == list(range(len(calls[0]), 0, -1))
+
+
+def test_a_tuner_is_called_by_its_hook_and_its_table_kept(tmp_path, monkeypatch):
+    package = tmp_path / "op_package"
+    (package / "fast").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "fast" / "__init__.py").touch()
+    (package / "fast" / "tune.py").touch()
+    (package / "plain.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    able = dispatch.Op("op", "op_package", {"fast": dispatch.runs_anywhere, "plain": dispatch.runs_anywhere})
+    monkeypatch.setattr(parts.dispatch, "ops", lambda: {"op": able})
+    commands = []
+
+    def bounded(command, seconds, log):
+        commands.append(command[2:])
+        if "--out" in command:
+            Path(command[command.index("--out") + 1]).write_text("CONFIGS = {}")
+        log.write_text("tried 3")
+        return "ok"
+
+    monkeypatch.setattr(parts, "run_bounded", bounded)
+    for dry_run, table in ((True, ""), (False, "CONFIGS = {}")):
+        run = parts.Run(Recorder(tmp_path / "tune.json"), tmp_path, 70.0, dry_run)
+        parts.tune(run)
+        assert run.record["tuners"] == {"op fast": {"status": "ok", "table": table, "log": "tried 3"}}
+    assert commands[0] == ["op_package.fast.tune", "--dry-run"]
+    assert commands[1][:3] == ["op_package.fast.tune", "--minutes", "1.00"]
 
 
 def test_a_case_has_rows_for_those_who_are_missing_excluded_or_broken(monkeypatch):

@@ -56,6 +56,7 @@ OP_CASES = (
     "mm_rope/3B-256p-7f/bf16/forward",
     "mm_rope/3B-256p-7f/bf16/forward+backward",
 )
+TUNER_START = 10  # seconds of a tuner's share for its start and the candidate that is under way at its end
 COPY_BYTES, MATMUL_SIZE = 2**31, 8192
 
 
@@ -182,8 +183,8 @@ def ops(run: Run) -> None:
 def tune(run: Run) -> None:
     """Tries configurations where an implementation offers it: a module `tune` in its package, run as a command.
 
-    The hook: `python -m <package>.<impl>.tune --seconds S --out FILE` measures for at most S seconds and writes what it
-    found to FILE as JSON.
+    The hook: `python -m <package>.<impl>.tune --minutes M --out FILE` measures for at most M minutes and writes a table
+    to FILE, as text to put into the sources; `--dry-run` lists what it would try, on any machine.
     """
     tuners = [
         (op.name, impl, f"{op.package}.{impl}.tune")
@@ -194,11 +195,12 @@ def tune(run: Run) -> None:
     tuners = [tuner for tuner in tuners if registry.installed(tuner[2])]
     run.record["tuners"] = {}
     for number, (op, impl, module) in enumerate(tuners):
-        out, log = run.folder / f"tune_{op}_{impl}.json", run.folder / f"tune_{op}_{impl}.log"
+        out, log = run.folder / f"tune_{op}_{impl}.py", run.folder / f"tune_{op}_{impl}.log"
+        out.unlink(missing_ok=True)
         share = run.left() / (len(tuners) - number)
-        command = [sys.executable, "-m", module, "--seconds", f"{max(share - 5, 1):.0f}", "--out", str(out)]
-        status = "not run: it needs a GPU" if run.dry_run else run_bounded(command, share, log)
-        found = {"status": status, "result": read_json(out), "log": tail(log)}
+        options = ["--minutes", f"{max(share - TUNER_START, 1) / 60:.2f}", "--out", str(out)]
+        command = [sys.executable, "-m", module, *(["--dry-run"] if run.dry_run else options)]
+        found = {"status": run_bounded(command, share, log), "table": tail(out, 20000), "log": tail(log)}
         run.record["tuners"] = {**run.record["tuners"], f"{op} {impl}": found}
 
 
