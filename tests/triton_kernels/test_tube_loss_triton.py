@@ -335,20 +335,20 @@ def test_chunks_are_equal_and_bounded():
 
 
 def test_rows_beyond_two_to_the_31_elements(device):
-    """The second row of logits begins 2^31 elements behind the first. Memory that nobody touches costs nothing."""
-    classes, stride = 48, 2**31
-    logits = torch.empty(stride + classes, dtype=torch.bfloat16, device=device).as_strided((2, classes), (stride, 1))
-    logits.copy_(torch.randn(2, classes))
+    """The third row of logits begins 2^31 elements behind the first. Memory that nobody touches costs nothing."""
+    classes, stride = 48, 2**30
+    memory = torch.empty(2 * stride + classes, dtype=torch.bfloat16, device=device)
+    logits = memory.as_strided((3, classes), (stride, 1)).copy_(torch.randn(3, classes))
     near = logits.clone()
-    targets, lse, grad = torch.tensor([3, 40], device=device), torch.zeros(2, device=device), torch.rand(2)
+    targets, lse, grad = torch.tensor([3, 40, 7], device=device), torch.zeros(3, device=device), torch.rand(3)
     results = []
     for x in (logits, near):
-        stats = torch.empty(2, device=device), torch.empty(2, device=device), torch.empty(2, dtype=torch.uint8)
+        stats = torch.empty(3, device=device), torch.empty(3, device=device), torch.empty(3, dtype=torch.uint8)
         options = {"BLOCK": 64, "VECTOR": 8}
-        kernels._loss_kernel[(2,)](
+        kernels._loss_kernel[(3,)](
             x, targets, None, *(s.to(device) for s in stats), x.stride(0), classes, 0.1, WITH_GRADIENT=True, **options
         )
-        kernels._gradient_kernel[(2, 1)](x, targets, lse, *(grad.to(device),) * 2, x.stride(0), classes, **options)
+        kernels._gradient_kernel[(3, 1)](x, targets, lse, *(grad.to(device),) * 2, x.stride(0), classes, **options)
         results.append((*stats, x.clone()))
     for far, expected in zip(*results, strict=True):
         assert torch.equal(far, expected)
