@@ -78,6 +78,9 @@ class PretendedGpu(NoHostSync):
         if func in (torch.ops.aten.addmm.dtype_out, torch.ops.aten.mm.dtype_out):
             result = _product_into(func, args, kwargs)  # torch has no fake of the former
         else:
+            if func in (torch.ops.aten.addmm.out, torch.ops.aten.mm.out):  # whose fakes take any dtypes, unlike CUDA's
+                dtypes = {x.dtype for x in (*args, kwargs["out"]) if isinstance(x, Tensor)}
+                assert len(dtypes) == 1, "a product into another dtype needs out_dtype="
             result = func(*args, **kwargs)
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
