@@ -111,10 +111,10 @@ def test_draws_are_the_references(device):
 
 @pytest.mark.usefixtures("small_blocks")
 def test_the_first_of_equal_scores_is_taken(device):
-    """In the same line of 4, in another line, in another block."""
+    """In the same line of 4, in another line, in another block, in the same line of another block."""
     cond, uncond, weight, keys = problem(device, 700, rows=1, dtype=torch.bfloat16)
     weight[FIRST:-BEHIND] = -cond[0]
-    for places in ((2, 3), (3, 9, 10), (255, 256), (100, 600), (699,)):
+    for places in ((2, 3), (3, 9, 10), (255, 256), (1, 257, 513), (100, 600), (699,)):
         top = weight.clone()
         top[FIRST + torch.tensor(places, device=device)] = cond[0]
         assert int(sample((cond, uncond, top, keys), greedy=True)[0]) == FIRST + places[0]
