@@ -38,6 +38,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 ARCHS = (80, 90, 100)
+MATMULS = {80: "HMMA", 90: "HGMMA", 100: "UTC"}  # first letters of the matrix instructions
 THREAD_REGISTERS = 65536  # of an SM
 
 
@@ -46,8 +47,10 @@ class Budget:
     """The most a kernel may use, on every architecture, and what its machine code must and must not contain."""
 
     registers: int
-    shared: int = 0
+    shared: int | dict[int, int] = 0  # bytes, or bytes by architecture
     spills: int = 0  # STL and LDL instructions
+    tensor_cores: bool = False  # the architecture's own matrix instruction: HMMA, HGMMA (wgmma), UTC*MMA (tcgen05)
+    copy_engine: bool = False  # loads by the copy engine where there is one, and no other tile loads
     at_least: dict[str, int] = field(default_factory=dict)  # SASS mnemonic, e.g. "LDG.E.128" -> times
     at_most: dict[str, int] = field(default_factory=dict)
     ptx_without: tuple[str, ...] = ()
@@ -164,8 +167,17 @@ def resources(case: Case, kernel, arch: int) -> Resources:
 def _outside(budget: Budget, found: Resources, ptx: str) -> Iterator[str]:
     for what in ("registers", "spills", "shared"):
         have, allowed = getattr(found, what), getattr(budget, what)
+        allowed = allowed[found.arch] if isinstance(allowed, dict) else allowed
         if have > allowed:
             yield f"{have} {what}, budget {allowed}"
+    # What does not fit in tensor memory compiles to an empty kernel: it is found here.
+    if budget.tensor_cores and not any(name.startswith(MATMULS[found.arch]) for name in found.mnemonics):
+        yield f"no {MATMULS[found.arch]} instruction"
+    if budget.copy_engine and found.arch >= 90:
+        if not any(name.startswith("UTMALDG") for name in found.mnemonics):
+            yield "no UTMALDG instruction"
+        if found.mnemonics.get("LDG.E.128", 0):
+            yield f"{found.mnemonics['LDG.E.128']} LDG.E.128 beside the copy engine"
     for mnemonic, least in budget.at_least.items():
         if found.mnemonics.get(mnemonic, 0) < least:
             yield f"{found.mnemonics.get(mnemonic, 0)} {mnemonic}, at least {least} expected"
@@ -282,7 +294,56 @@ def masked_sample_cases() -> Iterator[Case]:
         yield Case(f"masked_sample {name}", functools.partial(call, **variant), {"_sample_kernel": budget})
 
 
-CASES: tuple[Callable[[], Iterator[Case]], ...] = (mm_rope_cases, tube_loss_cases, masked_sample_cases)
+def frame_attention_cases() -> Iterator[Case]:
+    """Every default configuration, at the 1B model's head counts with q, k and v as slices of one projection."""
+    from lumos_kernels import RowLimits, checks
+    from lumos_kernels.frame_attention.triton import backward, configs, forward
+
+    def call(what, head_dim, dtype=torch.bfloat16, int64=False) -> None:
+        q_heads, kv_heads, tokens = 32, 8, 300
+        qkv = torch.empty(tokens, q_heads + 2 * kv_heads, head_dim, dtype=dtype)
+        q, k, v = qkv.split([q_heads, kv_heads, kv_heads], 1)
+        limits = RowLimits(*(torch.zeros(tokens, dtype=torch.int32) for _ in range(4)))
+        arch = f"sm_{driver.active.get_current_device()}"
+        with (
+            mock.patch.object(configs, "architecture", return_value=arch),
+            mock.patch.object(configs, "fuses_backward", return_value=what == "fused backward"),
+            mock.patch.object(checks, "needs_int64_offsets", return_value=int64),
+        ):
+            if what == "forward":
+                forward(q, k, v, limits, 0.125)
+            else:
+                o, lse = torch.empty(q.shape, dtype=dtype), torch.empty(q_heads, tokens)
+                backward(torch.empty_like(o), torch.empty_like(lse), q, k, v, o, lse, limits, 0.125, False)
+
+    # The sm_80 configurations serve sm_86, sm_89 and sm_120 too, whose blocks get 99 KB; later ones get 227 KB.
+    shared = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+    tiles = Budget(registers=255, shared=shared, tensor_cores=True, copy_engine=True)
+    fp32 = Budget(registers=255, shared=shared, spills=8)  # on the FMA units: right, not fast
+    delta, rounding = Budget(registers=96, shared=2048), Budget(registers=32)
+    kernels = {
+        "forward": {"_forward_kernel": tiles},
+        "backward": {"_delta_kernel": delta, "_key_kernel": tiles, "_query_kernel": tiles},
+        "fused backward": {"_delta_kernel": delta, "_key_kernel": tiles, "_round_kernel": rounding},
+    }
+    for what, budgets in kernels.items():
+        for head_dim in configs.HEAD_DIMS:
+            run = functools.partial(call, what, head_dim)
+            yield Case(f"frame_attention {what} D={head_dim}", run, budgets)
+    run = functools.partial(call, "backward", 64, int64=True)
+    yield Case("frame_attention backward D=64 int64", run, kernels["backward"])
+    for what in ("forward", "backward"):
+        run = functools.partial(call, what, 128, dtype=torch.float32)
+        slow = {name: fp32 if budget is tiles else budget for name, budget in kernels[what].items()}
+        yield Case(f"frame_attention {what} D=128 fp32", run, slow)
+
+
+CASES: tuple[Callable[[], Iterator[Case]], ...] = (
+    mm_rope_cases,
+    tube_loss_cases,
+    masked_sample_cases,
+    frame_attention_cases,
+)
 
 
 def all_resources(archs: Iterable[int]) -> Iterator[Resources]:

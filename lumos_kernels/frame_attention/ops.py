@@ -24,8 +24,16 @@ def _runs_native(problem: Problem) -> str | None:
     return dispatch.runs_native(problem)
 
 
+def _runs_triton(problem: Problem) -> str | None:
+    if problem.head_dim is not None and problem.head_dim not in (32, 64, 96, 128):
+        return f"computes head sizes 32, 64, 96 and 128, not {problem.head_dim}"
+    return dispatch.runs_triton(problem)
+
+
 OP = dispatch.register(
-    "frame_attention", "lumos_kernels.frame_attention", {"native": _runs_native, "reference": runs_anywhere}
+    "frame_attention",
+    "lumos_kernels.frame_attention",
+    {"triton": _runs_triton, "native": _runs_native, "reference": runs_anywhere},
 )
 
 _LIMITS = "Tensor kv_start, Tensor kv_end, Tensor q_start, Tensor q_end"

@@ -1,0 +1,160 @@
+"""What the frame_attention kernels share: tiles in and out, the order of the work, the row limits of a tile.
+
+Legend: M rows of a query tile, N rows of a key tile, D head_dim, PADDED_D the next power of two (128 for D = 96),
+G query heads of a kv head.
+
+A tensor [T, H, D] reaches a kernel in one of three ways, its RANK:
+- 2: a host tensor descriptor of the view [T, H * D] with boxes [rows, D], filled by the copy engine of sm_90 and later;
+- 3: one of [T, H, D] with boxes [rows, 1, PADDED_D], for D = 96, where a box of the view would reach into the next
+  head. Only there: with the reshape behind the load Triton keeps left operands in registers (D = 128: 59 spills);
+- 0: a pointer and two strides.
+Rows and channels outside the tensor are read as zeros and not written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = 1.4426950408889634
+MAX_BLOCK = 128  # rows of the largest tile; rows of lse and delta are padded to a multiple
+
+# K and V of so many kv heads as fit here are walked over before the next ones: half of an H100's L2 partition of
+# 25 MB, so that q, o and the gradients do not push them out. A100: 20 MB.
+SECTION_BYTES = 12 * 2**20
+
+
+@triton.jit
+def load_tile(
+    x, strides, first, head, rows, D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr,
+    RANK: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK, PADDED_D]: rows first .. first + BLOCK - 1 of a head, zeros outside the tensor."""
+    if RANK == 2:
+        return x.load([first, head * D])
+    elif RANK == 3:  # noqa: RET505 (Triton's compiler wants the branches)
+        return x.load([first, head, 0]).reshape(BLOCK, PADDED_D)
+    else:
+        offset, mask = pointer_tile(strides, first, head, rows, D, BLOCK, PADDED_D, INT64)
+        return tl.load(x + offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    x, strides, value, first, head, rows, D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr,
+    RANK: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """Writes fp32 [BLOCK, PADDED_D], rounded to the tensor's dtype, where load_tile reads."""
+    if RANK == 2:
+        x.store([first, head * D], value.to(x.dtype))
+    elif RANK == 3:
+        x.store([first, head, 0], value.to(x.dtype).reshape(BLOCK, 1, PADDED_D))
+    else:
+        offset, mask = pointer_tile(strides, first, head, rows, D, BLOCK, PADDED_D, INT64)
+        tl.store(x + offset, value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pointer_tile(
+    strides, first, head, rows, D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr,
+    INT64: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a tile's elements and which of them lie inside the tensor."""
+    row = first + tl.arange(0, BLOCK)
+    channel = tl.arange(0, PADDED_D)
+    mask = (row < rows)[:, None]
+    if PADDED_D != D:
+        mask = mask & (channel < D)[None, :]
+    if INT64:
+        row = row.to(tl.int64)
+        head = tl.full([1], 1, tl.int64) * head
+    return (row * strides[0] + head * strides[1])[:, None] + channel[None, :], mask
+
+
+@triton.jit
+def statistics(head, rows, INT64: tl.constexpr):
+    """Offset of a head's row in an fp32 tensor [H, rows]."""
+    if INT64:
+        rows = rows.to(tl.int64)
+    return head * rows
+
+
+@triton.jit
+def work_item(pid, tiles, heads, per_section):
+    """(tile, head) of a program. Sections of heads come one after the other; inside one, a tile's heads are
+    neighbours, so the query heads that share K and V run side by side.
+    """
+    section = pid // (per_section * tiles)
+    first = section * per_section
+    width = tl.minimum(per_section, heads - first)
+    rest = pid - first * tiles
+    return rest // width, first + rest % width
+
+
+@triton.jit
+def tile_bounds(start_ptr, end_ptr, first, rows, BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr):
+    """What the tile of rows first .. first + BLOCK - 1 sees of the other side, in tiles of OTHER_BLOCK rows.
+
+    start, end: int32 [rows], non-decreasing, so the first and the last row of the tile know it all: the visible range
+    is [low, high), and every pair of the whole tiles [inner_low, inner_high) is visible. All four are multiples of
+    OTHER_BLOCK but high.
+    """
+    last = tl.minimum(first + BLOCK, rows) - 1
+    high = tl.load(end_ptr + last)
+    low = tl.load(start_ptr + first) // OTHER_BLOCK * OTHER_BLOCK
+    inner_low = tl.cdiv(tl.load(start_ptr + last), OTHER_BLOCK) * OTHER_BLOCK
+    inner_high = tl.load(end_ptr + first) // OTHER_BLOCK * OTHER_BLOCK
+    return low, high, inner_low, inner_high
+
+
+@triton.jit
+def row_limits(start_ptr, end_ptr, first, rows, BLOCK: tl.constexpr):
+    """int32 [BLOCK] twice: each row's limits; rows past the end see nothing."""
+    row = first + tl.arange(0, BLOCK)
+    return tl.load(start_ptr + row, mask=row < rows, other=0), tl.load(end_ptr + row, mask=row < rows, other=0)
+
+
+def describable(x: Tensor) -> Tensor:
+    """[T, H, D] itself where the copy engine can walk over it, else a contiguous copy.
+
+    It wants a 16-byte base and rows 16 bytes apart, and the view [T, H * D] wants heads side by side. A slice of a
+    fused projection has all that; the copy of anything else costs O(T), where the kernels read it O(T) times.
+    """
+    step = x.stride(0) * x.element_size()
+    rows_fit = x.shape[0] <= 1 or (step % 16 == 0 and x.stride(0) >= x.shape[2])
+    heads_fit = x.shape[1] == 1 or x.stride(1) == x.shape[2]
+    fits = x.stride(2) == 1 and rows_fit and heads_fit and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def descriptor_rank(head_dim: int) -> int:
+    return 2 if padded_head_dim(head_dim) == head_dim else 3
+
+
+def operand(x: Tensor, block: int, rank: int) -> tuple[Tensor | TensorDescriptor, tuple[int, int]]:
+    """A kernel's view of [T, H, D] and its strides over T and H; a descriptor knows its strides itself."""
+    tokens, heads, head_dim = x.shape
+    if rank == 0:
+        return x, x.stride()[:2]
+    row = x.stride(0) if tokens > 1 else heads * head_dim  # the stride of one row alone may be anything
+    if rank == 2:
+        return TensorDescriptor(x, [tokens, heads * head_dim], [row, 1], [block, head_dim]), (0, 0)
+    box = [block, 1, padded_head_dim(head_dim)]
+    return TensorDescriptor(x, [tokens, heads, head_dim], [row, head_dim, 1], box), (0, 0)
+
+
+def heads_per_section(kv_heads: int, keys: int, head_dim: int, element_size: int) -> int:
+    """kv heads whose K and V share the L2."""
+    return min(max(SECTION_BYTES // max(2 * keys * head_dim * element_size, 1), 1), max(kv_heads, 1))
+
+
+def padded_head_dim(head_dim: int) -> int:
+    return triton.next_power_of_2(head_dim)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """fp32 means fp32: Triton's default for a matmul of fp32 tiles is tf32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
