@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lumos_kernels import checks
-from lumos_kernels.frame_attention.ops import FrameAttention
+from lumos_kernels.dispatch import Problem
+from lumos_kernels.frame_attention.ops import OP, FrameAttention
 from lumos_kernels.layout import RowLimits
 
 
@@ -61,6 +62,9 @@ def frame_attention(
         checks.dtype(f"limits.{name}", limit, (torch.int32,))
         checks.same(f"limits.{name}", limit, "q", q, dtypes=False)
     scale = head_dim**-0.5 if scale is None else float(scale)
+    if impl == "flash":  # its autograd keeps what its backward needs; the op would run its forward twice
+        o, lse = OP.choose(impl, Problem.of(q, head_dim)).attend(q, k, v, limits, scale, deterministic)
+        return (o, lse) if return_lse else o
     limits_ = limits.kv_start, limits.kv_end, limits.q_start, limits.q_end
     o, lse = FrameAttention.apply(q, k, v, *limits_, scale, deterministic, impl)
     return (o, lse) if return_lse else o

@@ -30,10 +30,22 @@ def _runs_triton(problem: Problem) -> str | None:
     return dispatch.runs_triton(problem)
 
 
+def _runs_flash(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return f"runs CUDA tensors, not {problem.device}"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"computes bfloat16 and float16, not {str(problem.dtype).removeprefix('torch.')}"
+    if problem.head_dim is not None and (problem.head_dim > 256 or problem.head_dim % 8):
+        return f"computes head sizes that are multiples of 8 up to 256, not {problem.head_dim}"
+    from lumos_kernels.frame_attention import flash
+
+    return flash.refusal()
+
+
 OP = dispatch.register(
     "frame_attention",
     "lumos_kernels.frame_attention",
-    {"triton": _runs_triton, "native": _runs_native, "reference": runs_anywhere},
+    {"triton": _runs_triton, "native": _runs_native, "flash": _runs_flash, "reference": runs_anywhere},
 )
 
 _LIMITS = "Tensor kv_start, Tensor kv_end, Tensor q_start, Tensor q_end"
