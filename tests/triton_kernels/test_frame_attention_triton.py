@@ -212,6 +212,17 @@ def test_large_scores(device):
     check(leaves, VIDEO, upstream_of(leaves))
 
 
+@pytest.mark.parametrize(("arch", "fused"), [("sm_90", False), ("sm_90", True), ("sm_80", True)])
+def test_a_ragged_last_tile_of_keys_reaches_nothing(arch, fused, device):
+    """All scores are near -300: for the zeros read past the last key, exp2(0 - lse) is infinite."""
+    limits = limits_kv([0] * 40, [70] * 40, 70)
+    leaves = leaves_of(limits, (1, 1), 32, BF16, device)
+    leaves[0].mul_(0.1).add_(9)
+    leaves[1].mul_(0.1).sub_(6)
+    with as_on(arch, fused):
+        check(leaves, limits, upstream_of(leaves))
+
+
 @pytest.mark.parametrize(("arch", "fused"), [("sm_90", False), ("sm_90", True), ("sm_80", False)])
 def test_rows_without_keys_give_zero_and_minus_infinity_and_pass_no_gradient(arch, fused, device):
     limits = keyless()
