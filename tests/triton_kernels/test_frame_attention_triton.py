@@ -348,6 +348,15 @@ def test_strides(layout, arch, device):
         assert_same_bits(run(strided, SMALL, upstream), run(dense, SMALL, upstream))
 
 
+@pytest.mark.skipif(ARCHS == ("sm_80",), reason="there are no descriptors on this GPU")
+def test_one_kernel_may_load_by_pointers_and_the_next_by_descriptors(device):
+    leaves = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in leaves_of(SMALL, (2, 1), 32, BF16, device)]
+    with as_on("sm_90"), mock.patch.dict(configs.tuned.CONFIGS, {("dkdv", "sm_90", 32): (64, 64, 4, 2, False)}):
+        assert not configs.choose("dkdv", leaves[0]).descriptors
+        assert configs.choose("dq", leaves[0]).descriptors
+        check(leaves, SMALL, upstream_of(leaves))
+
+
 def test_limits_with_strides(device):
     every_second = RowLimits(*(torch.stack([x, -x], 1)[:, 0] for x in vars(SMALL).values()))
     leaves = leaves_of(SMALL, (1, 1), 32, BF16, device)

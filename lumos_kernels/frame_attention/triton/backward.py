@@ -272,7 +272,7 @@ def backward(
     fused = not deterministic and configs.fuses_backward(q)
     with checks.device_guard(q):
         stats = _statistics(grad_o, grad_lse, o, lse)
-        if configs.choose("dkdv", q).descriptors:
+        if any(configs.choose(kernel, q).descriptors for kernel in (("fused",) if fused else ("dkdv", "dq"))):
             q, k, v, grad_o = map(describable, (q, k, v, grad_o))
         if fused:
             _fused_backward(q, k, v, grad_o, stats, limits, scale, dq, dk, dv)
