@@ -128,7 +128,7 @@ class _Lane:
     def __init__(self, document: Prompt, start: int, base: int, sampling: Sampling, device: torch.device) -> None:
         self.document, self.start, self.base = document, start, base
         self.prefix = len(document.ids) - start - document.given * document.length
-        self.capacity = self.prefix + document.slots(sampling) * document.length
+        self.capacity = document.capacity(start, sampling)
         self.positions = document.positions(start).to(device)
 
     def slot(self, frame: int, sampling: Sampling) -> int:

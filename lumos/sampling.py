@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lumos.config import LumosConfig
-from lumos.kv_cache import FP8
+from lumos.kv_cache import FP8, cache_bytes
 from lumos.tokens import NUMBER_BASE, VIDEO_END, VIDEO_START
 from lumos_kernels.layout import (
     FRAME_END,
@@ -30,6 +30,7 @@ from lumos_kernels.layout import (
 )
 
 TEMPERATURE_SCHEDULES = ("official", "per_frame")
+WORKSPACE_BYTES = 64 * 2**20
 KV_DTYPES = (torch.bfloat16, torch.float16, FP8)
 
 
@@ -202,6 +203,10 @@ class Prompt:
         """int64 [n]: places in a frame that are masked again before it becomes history."""
         return FRAME_HEADER + forgotten_slots(sampling.mask_history_ratio, self.rows * (self.cols + 1))
 
+    def capacity(self, start: int, sampling: Sampling) -> int:
+        """Tokens that the cache holds for the branch from `start` on."""
+        return len(self.ids) - start + (self.slots(sampling) - self.given) * self.length
+
     def slots(self, sampling: Sampling) -> int:
         """Frames that the cache must hold, the one being decided included."""
         return self.frames if sampling.window is None else min(self.frames, sum(sampling.window) + 1)
@@ -216,6 +221,55 @@ class Prompt:
     def frame_ids(self, ids_RC: Tensor) -> Tensor:
         """int64 [length]: the frame with those ids as its codes."""
         return self.skeleton.index_copy(0, self.code_places, ids_RC.flatten().cpu())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that sampling needs at its peak: the weights, the cache of a pass (exact), and a bound of the rest."""
+
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+
+def plan_memory(
+    config: LumosConfig,
+    documents: Sequence[Prompt],
+    sampling: Sampling,
+    dtype: torch.dtype,
+    documents_per_pass: int = 1,
+) -> MemoryPlan:
+    """The memory of generate_tokens for these documents; where kv_device keeps the history, the cache counts there.
+
+    cache: kv_cache.cache_bytes of every branch's prompt and frames (of sink + recent + 1 frames with a window).
+    workspace: a pass of T tokens, the longest of prompts and frames, holds at its widest either four rows of
+    hidden_size and three of intermediate_size, or three of hidden_size, three of all query heads and four of all kv
+    heads; and the draw works in WORKSPACE_BYTES (lumos_kernels.masked_sample on CPUs). Integers of a token: 64 bytes.
+    """
+    cache = workspace = 0
+    for begin in range(0, len(documents), documents_per_pass):
+        group = documents[begin : begin + documents_per_pass]
+        lanes = [(document, start) for document in group for start in document.branches(sampling)]
+        tokens = sum(document.capacity(start, sampling) for document, start in lanes)
+        cache = max(cache, cache_bytes(config, tokens, dtype, _storage(sampling, dtype)))
+        prompts = sum(len(document.ids) - start for document, start in lanes)
+        frames = sum(document.length for document, _ in lanes)
+        hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+        mlp = 4 * hidden + 3 * config.intermediate_size
+        attention = 3 * hidden + 3 * heads + 4 * config.num_key_value_heads * config.head_dim
+        row = max(mlp, attention) * dtype.itemsize + 64
+        workspace = max(workspace, max(prompts, frames) * row + 16 * tokens + WORKSPACE_BYTES)
+    return MemoryPlan(config.num_parameters * dtype.itemsize, cache, workspace)
+
+
+def _storage(sampling: Sampling, dtype: torch.dtype) -> torch.dtype | None:
+    if sampling.kv_dtype is None and sampling.kv_device is None:
+        return None
+    return sampling.kv_dtype or dtype
 
 
 def read_prompts(
