@@ -153,6 +153,7 @@ def test_packed_history_is_rounded_once(storage, error):
         assert ((stored[3:8] - new[side]).abs() <= error * (1 + 1e-6) * new[side].abs() + smallest).all()
         assert storage != torch.bfloat16 or torch.equal(stored[3:8], new[side].bfloat16().float())
         assert not stored[:3].any()
+    assert not cache.data[:, 1, 8].any(), "a frame that is not kept was packed"
     assert not cache.update(0, *one)[0][:8].any()
 
 

@@ -187,7 +187,8 @@ def test_official_prompt_files(tmp_path):
         ("a", "must hold an object"),
         ([{"text": "a"}], "entry 0: prompt must be a text that is not empty, got None"),
         ({"a": " "}, "entry 0: prompt must be a text"),
-        ({"../a": "b"}, "entry 0: the name '../a' is no plain file name"),
+        ({"x/a": "b"}, "entry 0: the name 'x/a' is no plain file name"),
+        ({"..": "b"}, "entry 0: the name '..' is no plain file name"),
         ({"a.mp4": "b", "a": "c"}, "entry 1: the name 'a' is used twice"),
     ],
 )
@@ -217,6 +218,22 @@ def test_vbench_layout_skips_what_is_there_and_seeds_by_place(pipeline, tmp_path
     (tmp_path / "all" / "two-1.gif").unlink()
     assert batch.run(pipeline, shard(items, 2, 3), **FAST) == 1
     assert (tmp_path / "all" / "two-1.gif").read_bytes() == before
+
+
+def test_seeds_depend_on_the_place_in_the_file(monkeypatch, pipeline, tmp_path):
+    seeds = []
+    original = Pipeline.results
+
+    def results(self, requests, **options):
+        seeds.extend((request.prompt, request.seed) for request in requests)
+        return original(self, requests, **options)
+
+    monkeypatch.setattr(Pipeline, "results", results)
+    items = read_items(written(tmp_path / "a.json", {"one": "1", "two": "2", "three": "3"}))
+    batch = Batch(tmp_path / "out", samples=2, size=SIZE, fps=1, seconds=1, seed=5, suffix=".png")
+    batch.run(pipeline, shard(items, 2, 2), **FAST)
+    batch.run(pipeline, items, **FAST)
+    assert seeds == [("3", 9), ("3", 10), ("1", 5), ("1", 6), ("2", 7), ("2", 8)]
 
 
 def test_geneval_layout(pipeline, tmp_path):
@@ -262,6 +279,18 @@ def test_command_makes_a_video_and_an_image(checkpoint, tmp_path, capsys):
     continued = ["--video", str(movie), "--out", str(tmp_path / "c.mp4"), "--codec", "dct", "--fps", "4", *COMMON]
     assert main(["generate", str(checkpoint), "--prompt", "a", *continued]) == 0
     assert str(movie) in capsys.readouterr().out
+
+
+def test_command_makes_one_picture_for_an_image(monkeypatch, checkpoint, tmp_path):
+    """As upstream: one second at one frame per second, guidance 16 instead of 15."""
+    calls = []
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, requests, **options: calls.append((requests, options)) or [])
+    for name in ("a.png", "a.mp4"):
+        call = ["generate", str(checkpoint), "--prompt", "a", "--out", str(tmp_path / name), "--codec", "dct", *COMMON]
+        main(call)
+    [([image], still), ([video], moving)] = calls
+    assert (image.fps, image.seconds, still["guidance_scale"]) == (1, 1, 16.0)
+    assert (video.fps, video.seconds, moving["guidance_scale"]) == (12, 2, 15.0)
 
 
 def test_command_runs_a_file_of_prompts(checkpoint, tmp_path, capsys):
