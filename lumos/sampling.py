@@ -56,7 +56,7 @@ class Sampling:
     kv_dtype: of the history's keys and values: torch.bfloat16, torch.float16 or torch.float8_e4m3fn, None for the
         model's. kv_device: where they are kept, e.g. "cpu" for a model on a GPU; alone, it changes no result.
 
-    cuda_graphs: replay each step as a CUDA graph from a document's third frame on. Not yet run on a GPU.
+    cuda_graphs: capture each step in the second frame and replay it from there on. Not yet run on a GPU.
     """
 
     steps: int = 50
