@@ -44,8 +44,8 @@ def _delta_kernel(
 ):  # fmt: skip
     """statistics fp32 [2, H, padded]: lse in base 2, then delta.
 
-    A row without keys and the rows past the end get lse = +inf: their p = exp2(s - inf) is 0 with no test in the loops,
-    which then need no mask on these loads either.
+    A row without keys and the rows past the end get lse = +inf and delta = 0: the loops load both without a mask, and
+    p = exp2(s - inf) is 0 even before it is masked.
     """
     first, head = tl.program_id(0) * BLOCK, tl.program_id(1)
     do = load_tile(grad_o, grad_o_strides, first, head, queries, D, BLOCK, PADDED_D, False, INT64)
