@@ -610,7 +610,7 @@ def test_the_tuner_stops_in_time_and_keeps_what_it_did_not_reach():
 
 def test_the_tuner_leaves_a_kernel_when_its_share_of_the_time_is_up():
     subject = tune.Subject("forward", tune.SHAPES[0])
-    with mock.patch.object(tune, "runner", lambda subject, data: lambda: (torch.ones(4),)):
+    with mock.patch.object(tune, "runner", return_value=lambda: (torch.ones(4),)):
         verdict = tune.decide(subject, "sm_90", None, deadline=-1.0, measure=lambda call: 1.0)
     assert verdict.config == configs.DEFAULTS["forward", "sm_90"][64]
     assert verdict.tried == 1
