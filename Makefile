@@ -11,6 +11,9 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint .ci/constraints.txt
 SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/cpu/* csrc/include/lumos/*)
 
+# Two processes of one thread each; a file's tests stay together and share its fixtures.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadscope
+
 .PHONY: setup demo test test-all bench gpu-suite sanitize lint clean
 
 setup: $(VENV)/ready
@@ -27,10 +30,10 @@ demo: setup
 	$(RUN) -m bench.demo --out demo
 
 test: setup
-	$(RUN) -m pytest tests
+	$(TEST) tests
 
 test-all: setup
-	$(RUN) -m pytest tests --all
+	$(TEST) tests --all
 
 bench: setup
 	$(RUN) -m bench

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the compiled library with AddressSanitizer and UndefinedBehaviorSanitizer, apart from the installed one, and
-# runs the tests of native code on it: tools/asan.sh [arguments of pytest]
+# runs the tests of native code on it: tools/asan.sh [arguments of pytest], by default all of them in two processes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
@@ -13,7 +13,8 @@ cmake -S . -B "$BUILD" -G Ninja -DCMAKE_MAKE_PROGRAM="$NINJA" -DPython_EXECUTABL
 cmake --build "$BUILD" --target install >>"$BUILD.log" || { cat "$BUILD.log"; exit 1; }
 
 # The sanitised libraries go into a copy of the package, so that the checkout's own stay as they are.
-cp -r pyproject.toml tests lumos_kernels lumos "$STAGE"
+rm -rf "$STAGE"/{tests,lumos_kernels,lumos,bench}
+cp -r pyproject.toml tests lumos_kernels lumos bench "$STAGE"
 rm -f "$STAGE"/lumos_kernels/*.so
 cmake --install "$BUILD" >>"$BUILD.log"
 
@@ -22,5 +23,9 @@ cmake --install "$BUILD" >>"$BUILD.log"
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 cd "$STAGE"
+if [ $# -eq 0 ]; then
+  set -- --numprocesses 2 tests/test_*_native.py tests/test_layout.py
+fi
 # Not captured: pytest would take a sanitizer's report with it when the process ends.
-exec "$PYTHON" -m pytest -p no:cacheprovider --capture=no "${@:-tests/test_mm_rope_native.py}"
+export OMP_NUM_THREADS=1
+exec "$PYTHON" -m pytest -p no:cacheprovider --capture=no "$@"

@@ -21,7 +21,7 @@ CHUNK_ROWS = 256  # 66 MB of fp32 logits a chunk and branch
 
 def build(case: Case, device: str, dtype: torch.dtype) -> Inputs:
     """Rows that agree with one group of classes, which share its probability: contestants that draw with different
-    random numbers still have to find that group and the confidence 1 / GROUP. Flat rows cost ours 2 % more.
+    random numbers still have to find that group and the confidence 1 / GROUP.
     """
     generator = torch.Generator().manual_seed(0)
     rows, width = rows_of(case), case.model.hidden
