@@ -28,7 +28,7 @@ from lumos.video import read_video, sample_clips, to_float, to_uint8
 from lumos_kernels import dispatch
 
 FPS, SECONDS = 12, 1
-STEPS, LEARNING_RATE = 450, 3e-3
+STEPS, LEARNING_RATE = 400, 2e-3
 SIZE = (96, 128)  # pixels; 12 x 16 codes, 208 tokens a frame
 CAPTIONS = {
     "bigbuckbunny": "a big rabbit in a meadow, animated",
