@@ -91,10 +91,10 @@ def cross_entropy(hidden, weight, targets):
     return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
 
-def agrees(op, case, run, prepare=None):
+def agrees(op, case, run, prepare=None, slack=1.0):
     bench, case = registry.ops()[op], registry.find(f"{op}/{case}")
     contestants = [c for c in bench.contestants(case, "cpu") if c.name == bench.yardstick]
-    rival = Contestant("rival", run, prepare=prepare)
+    rival = Contestant("rival", run, prepare=prepare, slack=slack)
     error, limit = measure.check(bench, case, [*contestants, rival], "cpu")["rival"]
     assert error <= limit
 
@@ -178,8 +178,9 @@ def test_liger_chain(stand_in):
 
     stand_in("liger_kernel.transformers.functional", liger_layer_norm=layer_norm, liger_qwen2vl_mrope=mrope)
     prepare = rivals_rope.liger_prepare(mm_rope._tables)
-    agrees("mm_rope", "tiny-smoke/bf16/forward+backward", rivals_rope.liger, prepare)
     bench = registry.ops()["mm_rope"]
+    slack = next(c.slack for c in bench.rivals if c.run is rivals_rope.liger)  # torch sums the norms' gradients in bf16
+    agrees("mm_rope", "tiny-smoke/bf16/forward+backward", rivals_rope.liger, prepare, slack)
     inputs = bench.build(registry.find("mm_rope/tiny-smoke/bf16/forward+backward"), "cpu", torch.bfloat16)
     for own, shared in zip(prepare(inputs).upstream, inputs.upstream, strict=True):
         assert own.data_ptr() != shared.data_ptr(), "Liger's backward overwrites its gradient"
