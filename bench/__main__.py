@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,15 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_and_write(cases: Sequence[registry.Case], options: argparse.Namespace) -> int:
-    """1 if one of ours computed something wrong, else 0. The report is written anyway, after every case."""
+    """1 if one of ours failed or computed something wrong, else 0. The report is written anyway, after every case."""
     where = environment.record(options.device, options.threads)
     settings = {"ops": options.ops, "cases": options.cases, "seconds": options.seconds}
     records, wrong = [], 0
+    # A training step's peak says more than its forward's, and each peak takes a process of seconds.
+    trained = [dataclasses.replace(case, backward=False) for case in cases if case.backward]
     for case in tqdm(cases, disable=not sys.stderr.isatty()):
-        rows = measure.measure_case(
-            case, options.device, options.seconds, options.threads, with_memory=not options.no_memory
-        )
-        wrong += sum(row.status == "wrong" for row in rows if row.role == registry.OURS)
+        with_memory = not options.no_memory and (case.backward or case not in trained)
+        rows = measure.measure_case(case, options.device, options.seconds, options.threads, with_memory, tolerant=True)
+        wrong += sum(row.status in ("wrong", "failed") for row in rows if row.role == registry.OURS)
         records.append(report.case_record(case, rows))
         files = report.write(options.out, where, settings, records)
     print(report.markdown({"environment": where, "cases": records}))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.formulas import Work
-from bench.shapes import Model, Video
+from bench.shapes import SMOKE, Model, Video
 from lumos_kernels import dispatch
 from lumos_kernels.dispatch import Problem
 
@@ -158,7 +158,8 @@ def ops() -> Mapping[str, OpBench]:
 def select(names: Sequence[str] = (), pattern: str | None = None) -> list[Case]:
     """Cases of the named ops (all of them if there is no name) whose key matches the pattern.
 
-    pattern: a glob over Case.key, or over its parts: "1B-*" is "*/1B-*". Without one, the slow cases stay out.
+    pattern: a glob over Case.key, or over its parts: "1B-*" is "*/1B-*". Without one, the slow
+        cases stay out, and those of milliseconds.
     Raises ValueError for an op that is not registered.
     """
     registered = ops()
@@ -167,7 +168,7 @@ def select(names: Sequence[str] = (), pattern: str | None = None) -> list[Case]:
             raise ValueError(f"no benchmark of op {name!r}; there are {', '.join(registered)}")
     cases = [case for op in registered.values() if not names or op.name in names for case in op.cases]
     if pattern is None:
-        return [case for case in cases if not case.slow]
+        return [case for case in cases if not case.slow and case.video != SMOKE]
     return [
         case
         for case in cases

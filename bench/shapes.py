@@ -65,7 +65,7 @@ class Video:
 IMAGE_256P = Video("256p-1f", 32, 56, 1)
 IMAGE_384P = Video("384p-1f", 48, 84, 1)
 IMAGE_384P_ALL = Video("384p-1f-all", 48, 84, 1, target_share=1.0)  # 4,032 target rows
-SWEEP_256P = tuple(Video(f"256p-{frames}f", 32, 56, frames) for frames in (1, 2, 4, 7))
+SWEEP_256P = tuple(Video(f"256p-{frames}f", 32, 56, frames) for frames in (1, 2, 4))
 VIDEO_256P_3 = Video("256p-3f", 32, 56, 3, text=100)
 VIDEO_256P = Video("256p-7f", 32, 56, 7)
 VIDEO_384P = Video("384p-7f", 48, 84, 7)

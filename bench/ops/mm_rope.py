@@ -176,9 +176,10 @@ BENCH = OpBench(
     work=work,
     cases=(
         *grid("mm_rope", [(TINY, SMOKE)], [torch.bfloat16, torch.float32]),
-        *grid("mm_rope", [(M1B, IMAGE_256P), (M1B, VIDEO_256P), (M3B, VIDEO_256P)], [torch.bfloat16]),
-        *grid("mm_rope", [(M1B, VIDEO_256P)], [torch.bfloat16], options={"fused_qkv": True}, suffix="-qkv"),
-        *grid("mm_rope", [(M1B, VIDEO_256P)], [torch.float32]),
+        *grid("mm_rope", [(M1B, VIDEO_256P)], [torch.bfloat16]),
+        *grid("mm_rope", [(M1B, IMAGE_256P), (M3B, VIDEO_256P)], [torch.bfloat16], slow=True),
+        *grid("mm_rope", [(M1B, VIDEO_256P)], [torch.bfloat16], True, options={"fused_qkv": True}, suffix="-qkv"),
+        *grid("mm_rope", [(M1B, VIDEO_256P)], [torch.float32], slow=True),
         *grid("mm_rope", [(M1B, VIDEO_384P), (M3B, VIDEO_384P)], [torch.bfloat16], slow=True),
     ),
 )

@@ -185,7 +185,7 @@ BENCH = OpBench(
             [torch.bfloat16, torch.float32],
             options={"classes": SMOKE_CLASSES},
         ),
-        *grid("tube_masked_loss", [(PRESET_TINY, IMAGE_256P)], [torch.bfloat16, torch.float32]),
+        *grid("tube_masked_loss", [(PRESET_TINY, IMAGE_256P)], [torch.bfloat16, torch.float32], slow=True),
         *grid("tube_masked_loss", [(M1B_QUARTER, IMAGE_384P_ALL)], [torch.bfloat16]),
         *grid("tube_masked_loss", [(M1B, IMAGE_384P_ALL)], [torch.bfloat16], slow=True),
         *grid("tube_masked_loss", [(M1B_QUARTER, IMAGE_256P)], [torch.bfloat16], slow=True),
