@@ -340,15 +340,13 @@ def test_rows_beyond_two_to_the_31_elements(device):
     memory = torch.empty(2 * stride + classes, dtype=torch.bfloat16, device=device)
     logits = memory.as_strided((3, classes), (stride, 1)).copy_(torch.randn(3, classes))
     near = logits.clone()
-    targets, lse, grad = torch.tensor([3, 40, 7], device=device), torch.zeros(3, device=device), torch.rand(3)
+    targets, lse, grad = (x.to(device) for x in (torch.tensor([3, 40, 7]), torch.zeros(3), torch.rand(3)))
     results = []
     for x in (logits, near):
-        stats = torch.empty(3, device=device), torch.empty(3, device=device), torch.empty(3, dtype=torch.uint8)
+        stats = [torch.empty(3, dtype=dtype, device=device) for dtype in (torch.float32, torch.float32, torch.uint8)]
         options = {"BLOCK": 64, "VECTOR": 8}
-        kernels._loss_kernel[(3,)](
-            x, targets, None, *(s.to(device) for s in stats), x.stride(0), classes, 0.1, WITH_GRADIENT=True, **options
-        )
-        kernels._gradient_kernel[(3, 1)](x, targets, lse, *(grad.to(device),) * 2, x.stride(0), classes, **options)
+        kernels._loss_kernel[(3,)](x, targets, None, *stats, x.stride(0), classes, 0.1, WITH_GRADIENT=True, **options)
+        kernels._gradient_kernel[(3, 1)](x, targets, lse, grad, grad, x.stride(0), classes, **options)
         results.append((*stats, x.clone()))
     for far, expected in zip(*results, strict=True):
         assert torch.equal(far, expected)
