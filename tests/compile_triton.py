@@ -338,6 +338,39 @@ def frame_attention_cases() -> Iterator[Case]:
         yield Case(f"frame_attention {what} D=128 fp32", run, slow)
 
 
+def lengths() -> dict[str, list[Callable[[], object]]]:
+    """Forward and backward over streams of many lengths, of which only the memory's addresses are used."""
+    from lumos_kernels import RowLimits
+    from lumos_kernels.frame_attention import triton as attention
+    from lumos_kernels.frame_attention.triton import configs
+    from lumos_kernels.mm_rope import triton as rope
+
+    def of(tokens: int) -> tuple:
+        q, k, v = torch.empty(tokens, 48, 64, dtype=torch.bfloat16).split([32, 8, 8], 1)
+        return q, k, v, torch.empty(q.shape, dtype=q.dtype)
+
+    def attend(tokens: int, fused: bool) -> None:
+        q, k, v, o = of(tokens)
+        limits = RowLimits(*(torch.empty(tokens, dtype=torch.int32) for _ in range(4)))
+        with mock.patch.object(configs, "fuses_backward", return_value=fused):
+            o, lse = attention.forward(q, k, v, limits, 0.125)
+            attention.backward(o, None, q, k, v, o, lse, limits, 0.125, False)
+
+    def rotate(tokens: int) -> None:
+        q, k, *_ = of(tokens)
+        norm = torch.empty(1, 64), torch.empty(1, 64)
+        options = q, k, torch.empty(3, tokens, dtype=torch.int32), norm, norm, torch.empty(32), 1e-5
+        grads = rope.forward(*options)
+        rope.backward(*grads, *options)
+
+    tokens = (2, 32, 33, 300, 2_000, 7_000, 12_796, 13_000, 28_900, 89_848)
+    return {
+        "frame_attention": [functools.partial(attend, count, False) for count in tokens],
+        "frame_attention fused": [functools.partial(attend, count, True) for count in tokens],
+        "mm_rope": [functools.partial(rotate, count) for count in tokens],
+    }
+
+
 CASES: tuple[Callable[[], Iterator[Case]], ...] = (
     mm_rope_cases,
     tube_loss_cases,
@@ -360,11 +393,29 @@ def all_resources(archs: Iterable[int]) -> Iterator[Resources]:
                     yield resources(case, kernel, arch)
 
 
+def variants(calls: Iterable[Callable[[], object]], arch: int) -> dict[str, int]:
+    """How often a GPU would compile each kernel that the calls launch; nothing is compiled here."""
+    seen: dict[str, set] = {}
+
+    def note(self, key, *args) -> None:
+        seen.setdefault(self.fn.__name__, set()).add(key)
+
+    with mock.patch.object(JITFunction, "_do_compile", note):
+        for call in calls:
+            compiled_launches(call, arch)
+    return {kernel: len(keys) for kernel, keys in seen.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object per compiled kernel")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="all three where not given")
+    parser.add_argument("--variants", action="store_true", help="how often each kernel is compiled for many lengths")
     options = parser.parse_args()
+    if options.variants:
+        for name, calls in lengths().items():
+            print(json.dumps({"op": name, **variants(calls, (options.arch or ARCHS)[0])}))
+        return
     for found in all_resources(options.arch or ARCHS):
         if options.json:
             print(json.dumps(dataclasses.asdict(found)), flush=True)

@@ -46,3 +46,13 @@ def test_kernels_keep_their_budgets(arch, compiled):
         f"{found['case']}, {found['kernel']}: {failure}" for found in compiled[arch] for failure in found["failures"]
     ]
     assert not outside, "\n".join(outside)
+
+
+def test_a_kernel_compiled_once_serves_every_length():
+    done = subprocess.run([sys.executable, str(SCRIPT), "--variants", "--arch", "90"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [found.pop("op") for found in kernels] == ["frame_attention", "frame_attention fused", "mm_rope"]
+    for found in kernels:
+        assert len(found) >= 3
+        assert set(found.values()) == {1}, found

@@ -332,22 +332,21 @@ def _backward_kernel(
 class Sums(NamedTuple):
     """The second stage's view of q's, or of k's, norm."""
 
-    partials: Tensor | None  # fp32 [rows, count, 2, D]
+    partials: Tensor | None  # fp32 [rows, partials of a row, 2, D]
     dweight: Tensor | None
     dbias: Tensor | None
     rows: int
-    count: int  # partials of a row
 
 
 @triton.jit
-def _sum_row(sums, row, chunk, head_dim, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _sum_row(sums, row, count, chunk, head_dim, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """BLOCK_C columns of a row of dweight | dbias. Its partials are added in the same order every time."""
     column = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-    partial = sums.partials + row * sums.count * (2 * head_dim) + column[None, :]
+    partial = sums.partials + row * count * (2 * head_dim) + column[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, sums.count, BLOCK_N):
+    for start in range(0, count, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)[:, None]
-        total += tl.load(partial + n * (2 * head_dim), mask=n < sums.count, other=0.0)
+        total += tl.load(partial + n * (2 * head_dim), mask=n < count, other=0.0)
     total = tl.sum(total, axis=0)
     if chunk * BLOCK_C < head_dim:
         tl.store(sums.dweight + row * head_dim + column, total.to(sums.dweight.dtype.element_ty))
@@ -355,17 +354,17 @@ def _sum_row(sums, row, chunk, head_dim, BLOCK_N: tl.constexpr, BLOCK_C: tl.cons
         tl.store(sums.dbias + row * head_dim + column - head_dim, total.to(sums.dbias.dtype.element_ty))
 
 
-@triton.jit
-def _sum_partials_kernel(q, k, head_dim, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+@triton.jit(do_not_specialize=["q_count", "k_count"])
+def _sum_partials_kernel(q, k, q_count, k_count, head_dim, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """Second stage of dweight and dbias: one program per row of a norm and BLOCK_C columns."""
     row, chunk = tl.program_id(0), tl.program_id(1)
     # The outer conditions are settled when compiling: an absent norm leaves no code behind.
     if q.partials is not None:  # noqa: SIM102
         if row < q.rows:
-            _sum_row(q, row, chunk, head_dim, BLOCK_N, BLOCK_C)
+            _sum_row(q, row, q_count, chunk, head_dim, BLOCK_N, BLOCK_C)
     if k.partials is not None:  # noqa: SIM102
         if row >= q.rows:
-            _sum_row(k, row - q.rows, chunk, head_dim, BLOCK_N, BLOCK_C)
+            _sum_row(k, row - q.rows, k_count, chunk, head_dim, BLOCK_N, BLOCK_C)
 
 
 def _side(x: Tensor, grad: Tensor | None, norm: Norm, heads_per_program: int, splits: int = 0) -> Side:
@@ -466,13 +465,16 @@ def backward(
             )
         if q_sums.rows + k_sums.rows:
             grid = (q_sums.rows + k_sums.rows, 2 * head_dim // SUM_COLUMNS)
-            _sum_partials_kernel[grid](q_sums, k_sums, head_dim, BLOCK_N=SUM_PARTIALS, BLOCK_C=SUM_COLUMNS, num_warps=8)
+            counts = q_side.groups_per_row * splits, k_side.groups_per_row * splits  # partials of a row
+            _sum_partials_kernel[grid](
+                q_sums, k_sums, *counts, head_dim, BLOCK_N=SUM_PARTIALS, BLOCK_C=SUM_COLUMNS, num_warps=8
+            )
     dq_norm, dk_norm = (None if s.dweight is None else (s.dweight, s.dbias) for s in (q_sums, k_sums))
     return q_side.out, k_side.out, dq_norm, dk_norm
 
 
 def _sums(side: Side) -> Sums:
     if side.partials is None:
-        return Sums(None, None, None, 0, 0)
+        return Sums(None, None, None, 0)
     dweight, dbias = (torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (side.weight, side.bias))
-    return Sums(side.partials, dweight, dbias, side.weight.shape[0], side.groups_per_row * side.partials.shape[1])
+    return Sums(side.partials, dweight, dbias, side.weight.shape[0])

@@ -66,7 +66,7 @@ def _delta_kernel(
     tl.store(at + statistics(heads, padded, INT64), tl.where(keyless, 0.0, delta))
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "padded"])
+@triton.jit(do_not_specialize=["queries", "keys", "padded", "per_section"])
 def _key_kernel(
     q,
     k,
@@ -159,7 +159,7 @@ def _add_dq(
         tl.atomic_add(dq + offset, value, mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "padded"])
+@triton.jit(do_not_specialize=["queries", "keys", "padded", "per_section"])
 def _query_kernel(
     q,
     k,

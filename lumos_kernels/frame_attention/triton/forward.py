@@ -30,7 +30,7 @@ from lumos_kernels.layout import RowLimits
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit(do_not_specialize=["queries", "keys", "per_section"])
 def _forward_kernel(
     q,
     k,
