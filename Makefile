@@ -36,7 +36,7 @@ test-all: setup
 	$(TEST) tests --all
 
 bench: setup
-	$(RUN) -m bench
+	$(RUN) -m bench --seconds 3
 
 # With the Python that has the CUDA build of torch: .venv need not.
 gpu-suite:

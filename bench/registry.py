@@ -190,12 +190,13 @@ def grid(
     sizes: Sequence[tuple[Model, Video]],
     dtypes: Sequence[torch.dtype],
     slow: bool = False,
+    passes: Sequence[bool] = (False, True),
     **extra: Any,
 ) -> list[Case]:
-    """Both passes of every size in every dtype."""
+    """Every size in every dtype, forward (False) and forward + backward (True)."""
     return [
         Case(op, model, video, dtype, backward, slow, **extra)
         for model, video in sizes
         for dtype in dtypes
-        for backward in (False, True)
+        for backward in passes
     ]
