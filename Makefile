@@ -9,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Byte-compiling the whole of torch would take longer than downloading it.
 PIP := $(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint .ci/constraints.txt
-SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/cpu/* csrc/include/lumos/*)
+SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/*.h csrc/cpu/* csrc/include/lumos/*)
 
 # Two processes of one thread each; a file's tests stay together and share its fixtures.
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadscope

@@ -1,17 +1,11 @@
 // The reading of layouts under torch's stable ABI; see ops.cpp for the others.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <tuple>
 
 #include "lumos/frame_layout.h"
+#include "op_common.h"
 
 namespace lumos {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 /// ids int32 or int64 [T], cu_seqlens int32 [B + 1], both contiguous.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frame_layout(Tensor ids, Tensor cu_seqlens) {

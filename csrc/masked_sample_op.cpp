@@ -1,36 +1,16 @@
 // The ops of masked_sample under torch's stable ABI, as ops.cpp has those of the others. Callers
 // (lumos_kernels/masked_sample/native.py) have validated shapes, dtypes and devices.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 
-#include "lumos/isa.h"
 #include "lumos/masked_sample.h"
+#include "op_common.h"
 
 namespace lumos {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 const MaskedSampleKernels& masked_sample_kernels(int64_t isa) {
-  switch (static_cast<Isa>(isa)) {
-    case Isa::amx_model:
-    case Isa::amx:
-    case Isa::avx512_bf16:
-    case Isa::avx512:
-      return kMaskedSampleAvx512;
-    case Isa::avx2:
-      return kMaskedSampleAvx2;
-    case Isa::base:
-      return kMaskedSampleBase;
-  }
-  STD_TORCH_CHECK(false, "no instruction set ", isa);
+  return kernels_for(isa, kMaskedSampleAvx512, kMaskedSampleAvx2, kMaskedSampleBase);
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// x fp32 [R, C] with a unit last stride, as the left factor of the logits.
 Tensor masked_sample_pack_rows(Tensor x, int64_t isa) {
@@ -46,23 +26,10 @@ Tensor masked_sample_pack_rows(Tensor x, int64_t isa) {
   return packed;
 }
 
-Dtype dtype_of_weight(const Tensor& weight) {
-  switch (weight.scalar_type()) {
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::fp16;
-    case ScalarType::Float:
-      return Dtype::fp32;
-    default:
-      STD_TORCH_CHECK(false, "masked_sample reads weights of bfloat16, float16 and float32");
-  }
-}
-
 /// out fp32 [R, classes] = x weight^T, contiguous; weight with a unit last stride, packed from masked_sample_pack_rows.
 void masked_sample_logits(Tensor packed, Tensor weight, Tensor out, int64_t isa) {
   const MaskedSampleKernels& kernels = masked_sample_kernels(isa);
-  const MaskedSampleWeight right{dtype_of_weight(weight), weight.const_data_ptr(), weight.size(0), weight.size(1),
+  const MaskedSampleWeight right{dtype_of(weight), weight.const_data_ptr(), weight.size(0), weight.size(1),
                                  weight.stride(0)};
   const float* left = packed.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();

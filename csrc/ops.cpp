@@ -2,10 +2,6 @@
 //
 // Tensors become the plain structs of csrc/include/lumos here, and threads are handed out here; kernels know neither.
 // Callers (lumos_kernels/*/native.py) have validated shapes, dtypes and devices.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -15,28 +11,12 @@
 #include <vector>
 
 #include "lumos/frame_attention.h"
-#include "lumos/isa.h"
 #include "lumos/mm_rope.h"
 #include "lumos/tube_loss.h"
+#include "op_common.h"
 
 namespace lumos {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::fp16;
-    case ScalarType::Float:
-      return Dtype::fp32;
-    default:
-      STD_TORCH_CHECK(false, "the compiled library computes bfloat16, float16 and float32");
-  }
-}
 
 ConstHeads read_heads(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 
@@ -58,18 +38,7 @@ struct Scratch {
 // ---- mm_rope ----
 
 const MMRopeKernels& mm_rope_kernels(int64_t isa) {
-  switch (static_cast<Isa>(isa)) {
-    case Isa::amx_model:
-    case Isa::amx:
-    case Isa::avx512_bf16:
-    case Isa::avx512:
-      return kMMRopeAvx512;
-    case Isa::avx2:
-      return kMMRopeAvx2;
-    case Isa::base:
-      return kMMRopeBase;
-  }
-  STD_TORCH_CHECK(false, "no instruction set ", isa);
+  return kernels_for(isa, kMMRopeAvx512, kMMRopeAvx2, kMMRopeBase);
 }
 
 MMRopeProblem mm_rope_problem(const Tensor& q, const Tensor& positions, const Tensor& inv_freq, double eps) {
@@ -296,18 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(Tensor grad_o, std::
 // ---- tube_masked_loss ----
 
 const TubeLossKernels& tube_loss_kernels(int64_t isa) {
-  switch (static_cast<Isa>(isa)) {
-    case Isa::amx_model:
-    case Isa::amx:
-    case Isa::avx512_bf16:
-    case Isa::avx512:
-      return kTubeLossAvx512;
-    case Isa::avx2:
-      return kTubeLossAvx2;
-    case Isa::base:
-      return kTubeLossBase;
-  }
-  STD_TORCH_CHECK(false, "no instruction set ", isa);
+  return kernels_for(isa, kTubeLossAvx512, kTubeLossAvx2, kTubeLossBase);
 }
 
 /// logits fp32 [R, classes] contiguous; targets int64 [R]; kept [R, K], bf16 or fp32 with a unit last stride.
@@ -390,8 +348,6 @@ void tube_loss_gradient(Tensor logits, Tensor targets, int64_t first, Tensor lse
 const TubeLossDots* tube_loss_dots(int64_t isa) {
   return static_cast<Isa>(isa) >= Isa::avx512_bf16 ? &kTubeLossDotsAvx512 : nullptr;
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// bf16 with a unit last stride.
 TubeLossMatrix tube_loss_matrix(const Tensor& x) {
