@@ -1,4 +1,4 @@
-"""lumos/data.py: sample folders and their crashes, official pickles and forged ones, packing, tokenize."""
+"""lumos/data/: sample folders and their crashes, official pickles and forged ones, packing, tokenize."""
 
 import io
 import json
@@ -378,7 +378,7 @@ def test_tokenize_names_what_is_wrong(tmp_path):
 
 def test_plain_pickles_agree_with_the_standard_loader(tmp_path):
     content = {"token": list(range(-5, 70000, 997)), "more": {"é": [1, [2, {"x": 2**40}]], 3: "ü" * 300}}
-    from lumos.data import _PlainUnpickler
+    from lumos.data.official import _PlainUnpickler
 
     for protocol in (2, 3, 4, 5):
         assert _PlainUnpickler(io.BytesIO(pickle.dumps(content, protocol))).load() == content

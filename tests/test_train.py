@@ -1,4 +1,4 @@
-"""lumos/train.py and lumos/cli.py: steps, logs, checkpoints and the command line, on synthetic and real clips."""
+"""lumos/train/ and lumos/cli.py: steps, logs, checkpoints and the command line, on synthetic and real clips."""
 
 import json
 import math
