@@ -91,7 +91,7 @@ def test_checkpoint_continues_where_the_run_ended(folder, tmp_path, tiny_preset)
 def test_accumulated_micro_batches_give_the_gradient_of_their_union(folder):
     torch.manual_seed(0)
     model = Lumos(small_config())
-    halves = batches_of(folder, documents=1, accumulate=2, text_drop=0.0).step(0)
+    halves = batches_of(folder, documents=1, micro_batches=2, text_drop=0.0).step(0)
     assert halves[0].num_targets != halves[1].num_targets, "equal sizes would not show a wrong weighting"
 
     def gradients(step):
@@ -175,6 +175,17 @@ def test_weight_decay_spares_norms_and_biases():
         ({"mask_schedule": "wave"}, "schedule"),
         ({"device": "tpu"}, "device"),
         ({"seed": -1}, "seed"),
+        ({"micro_batches": 0}, "micro_batches"),
+        ({"token_budget": -1}, "token_budget"),
+        ({"token_budget": 100, "documents": 2}, "exclude each other"),
+        ({"pad_to_budget": True}, "token_budget"),
+        ({"too_long": "cut"}, "too_long"),
+        ({"look_ahead": 0}, "look_ahead"),
+        ({"given_frames": -2}, "given_frames"),
+        ({"given_frames_prob": 1.5}, "given_frames_prob"),
+        ({"z_loss": -0.1}, "z_loss"),
+        ({"focal_gamma": 0.5}, "focal_gamma"),
+        ({"decay_start": -1.0}, "decay_start"),
     ],
 )
 def test_bad_options_are_named(folder, tmp_path, options, message):

@@ -67,7 +67,7 @@ class Batches:
 
     def step(self, number: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `number` >= 0."""
-        return [self[number * self.config.accumulate + i] for i in range(self.config.accumulate)]
+        return [self[number * self.config.micro_batches + i] for i in range(self.config.micro_batches)]
 
     def _sample(self, place: int) -> int:
         epoch, offset = divmod(place, len(self.dataset))
