@@ -3,7 +3,7 @@
 from lumos.train.batches import Batches, MicroBatch
 from lumos.train.config import TrainConfig
 from lumos.train.log import peak_memory_gb, read_log
-from lumos.train.loop import TrainSummary, train
+from lumos.train.loop import Trainer, TrainSummary, train
 from lumos.train.step import StepStats, make_optimizer, training_step
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "StepStats",
     "TrainConfig",
     "TrainSummary",
+    "Trainer",
     "make_optimizer",
     "peak_memory_gb",
     "read_log",

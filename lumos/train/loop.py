@@ -1,23 +1,25 @@
-"""The training loop: from a TrainConfig to a log and a checkpoint."""
+"""A training run from a TrainConfig to a log and a checkpoint: build, resume, steps, export."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.stateful import Stateful
 from tqdm import tqdm
 
 from lumos.config import LumosConfig
 from lumos.data import SampleFolder
 from lumos.model import Lumos
-from lumos.train.batches import Batches
+from lumos.train.batches import Batches, MicroBatch
 from lumos.train.config import TrainConfig, compute_dtype
 from lumos.train.log import log_line
-from lumos.train.step import make_optimizer, training_step
+from lumos.train.step import StepStats, make_optimizer, training_step
 
 
 @dataclass(frozen=True)
@@ -38,47 +40,89 @@ def train(config: TrainConfig, progress: bool = True) -> TrainSummary:
     Raises ValueError or FileNotFoundError naming what is wrong with an option or a folder, and FloatingPointError where
     the loss stops being finite. An earlier run in the same folder is refused unless config.overwrite is set.
     """
-    if not config.data:
-        raise ValueError("data is empty: name at least one folder made by `lumos tokenize`")
-    torch.manual_seed(config.seed)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    dtype = compute_dtype(config.dtype, device)
-    dataset = torch.utils.data.ConcatDataset([SampleFolder(folder) for folder in config.data])
-    model = _make_model(config).to(device).train()
-    batches = Batches(dataset, config, model.config.classes)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(config.warmup, 1)))
+    return Trainer(config, progress).run()
 
-    out = Path(config.out)
-    earlier = [name for name in ("log.jsonl", "checkpoint") if (out / name).exists()]
-    if earlier and not config.overwrite:
-        raise ValueError(f"out: {out} holds the {' and '.join(earlier)} of an earlier run; choose another or overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "train.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    losses, begin = [], time.perf_counter()
-    with (out / "log.jsonl").open("w") as log, tqdm(total=config.steps, disable=not progress, unit="step") as bar:
-        for number in range(config.steps):
-            start = time.perf_counter()
-            step = batches.step(number)
-            lr = optimizer.param_groups[0]["lr"]
-            stats = training_step(model, optimizer, step, config.clip, dtype)
-            schedule.step()
-            loss = float(stats.loss)  # waits for the device, so that the time is the step's
-            line = log_line(number, loss, stats, step, lr, time.perf_counter() - start, device)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            losses.append(loss)
-            bar.update()
-            bar.set_postfix_str(
-                f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s, {line['peak_memory_gb']:.2f} GB"
+
+class Trainer:
+    """One run: everything is built here, continued from where an earlier run stopped, and stepped to config.steps.
+
+    step: optimizer steps done. What a run is made of are attributes that may be looked at or replaced before run():
+    model, optimizer, schedule (its step() is called after each step), batches.
+    after_step: called with the StepStats after each optimizer step, in order (an EMA of the weights, say).
+    """
+
+    def __init__(self, config: TrainConfig, progress: bool = True) -> None:
+        if not config.data:
+            raise ValueError("data is empty: name at least one folder made by `lumos tokenize`")
+        self.config, self.progress, self.step = config, progress, 0
+        self.out = Path(config.out)
+        self.device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        )
+        self.dtype = compute_dtype(config.dtype, self.device)
+        torch.manual_seed(config.seed)
+        dataset = torch.utils.data.ConcatDataset([SampleFolder(folder) for folder in config.data])
+        self.model = _make_model(config).to(self.device).train()
+        self.batches = Batches(dataset, config, self.model.config.classes)
+        self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / max(config.warmup, 1))
+        )
+        self.after_step: list[Callable[[StepStats], None]] = []
+
+    def state(self) -> dict[str, Stateful]:
+        """What a later run needs in order to go on as this one would: an entry a part, under its own name."""
+        return {"schedule": self.schedule}
+
+    def run(self) -> TrainSummary:
+        """Steps to config.steps, then writes the weights in the official layout."""
+        self._begin()
+        losses, begin = [], time.perf_counter()
+        with (
+            (self.out / "log.jsonl").open("w") as log,
+            tqdm(total=self.config.steps, disable=not self.progress, unit="step") as bar,
+        ):
+            while self.step < self.config.steps:
+                line = self._step()
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                losses.append(line["loss"])
+                bar.update()
+                bar.set_postfix_str(
+                    f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s, {line['peak_memory_gb']:.2f} GB"
+                )
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(
+                        f"loss is {losses[-1]} at step {line['step']}: see {self.out / 'log.jsonl'}"
+                    )
+        seconds = time.perf_counter() - begin
+        self.model.save_pretrained(self.out / "checkpoint")
+        return TrainSummary(self.step, losses[0], losses[-1], seconds, self.out / "log.jsonl", self.out / "checkpoint")
+
+    def _begin(self) -> None:
+        earlier = [name for name in ("log.jsonl", "checkpoint") if (self.out / name).exists()]
+        if earlier and not self.config.overwrite:
+            raise ValueError(
+                f"out: {self.out} holds the {' and '.join(earlier)} of an earlier run; choose another or overwrite"
             )
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"loss is {losses[-1]} at step {number}: see {out / 'log.jsonl'}")
-    seconds = time.perf_counter() - begin
-    model.save_pretrained(out / "checkpoint")
-    return TrainSummary(config.steps, losses[0], losses[-1], seconds, out / "log.jsonl", out / "checkpoint")
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "train.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    def _step(self) -> dict:
+        """One optimizer step; returns its line of the log."""
+        start = time.perf_counter()
+        number, micro_batches = self.step, self._next_batches()
+        lr = self.optimizer.param_groups[0]["lr"]
+        stats = training_step(self.model, self.optimizer, micro_batches, self.config.clip, self.dtype)
+        self.schedule.step()
+        for call in self.after_step:
+            call(stats)
+        self.step += 1
+        loss = float(stats.loss)  # waits for the device, so that the time is the step's
+        return log_line(number, loss, stats, micro_batches, lr, time.perf_counter() - start, self.device)
+
+    def _next_batches(self) -> list[MicroBatch]:
+        return self.batches.step(self.step)
 
 
 def _make_model(config: TrainConfig) -> Lumos:
