@@ -57,10 +57,14 @@ class TrainConfig:
     impl: str = _option("auto", "implementation of the ops")
     seed: int = _option(0, "seed of weights, data order, text drop and masks")
     overwrite: bool = _option(False, "replace the log and the checkpoint of an earlier run in `out`")
+    checkpoint_every: int = _option(500, "steps between checkpoints of the whole state, one more at the end; 0: none")
+    keep_checkpoints: int = _option(2, "checkpoints of the state that are kept, the newest ones")
+    resume: str = _option("auto", "auto: continue the run in `out`; never; or a checkpoint of the state to go on from")
+    export: str = _option("float32", "dtype of the weights written to out/checkpoint at the end; none: do not write")
     checkpoint_layers: bool = _option(False, "recompute each layer in backward instead of keeping its activations")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "documents", "micro_batches", "look_ahead"):
+        for name in ("steps", "documents", "micro_batches", "look_ahead", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("text_drop", "min_mask_rate", "given_frames_prob"):
@@ -71,6 +75,10 @@ class TrainConfig:
                 f"lr and clip must be > 0, weight_decay and warmup >= 0, got {self.lr}, {self.clip}, "
                 f"{self.weight_decay}, {self.warmup}"
             )
+        if self.checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every must be >= 0, got {self.checkpoint_every}")
+        if self.export not in (*DTYPES, "none"):
+            raise ValueError(f"export must be none, {' or '.join(DTYPES)}, got {self.export!r}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
         if self.mask_kind not in MASK_KINDS:
