@@ -28,22 +28,16 @@ NAMES = ("o", "lse", "dq", "dk", "dv")
 
 native = pytest.importorskip("lumos_kernels.frame_attention.native", exc_type=ImportError)
 
-pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
+pytestmark = [
+    pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal())),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(params=[*library.isas(), *library.models()])
 def isa(request, monkeypatch):
     monkeypatch.setenv("LUMOS_CPU_ISA", request.param)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On shared cores the barriers of many small parallel regions take longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def limits_of(*documents) -> RowLimits:

@@ -17,7 +17,10 @@ from lumos_kernels.masked_sample import native, reference
 from lumos_kernels.masked_sample.philox import gumbels, uniforms
 from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_reference
 
-pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
+pytestmark = [
+    pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal())),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FIRST = 5  # classes before the slice, 3 after it
@@ -28,14 +31,6 @@ GUIDED = [(None, 1.0), (0.0, 1.0), (15.0, 1.0), (3.0, 0.7)]
 def isa(request, monkeypatch):
     monkeypatch.setenv("LUMOS_CPU_ISA", request.param)
     return native._host.ISA_VALUES[request.param]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -19,22 +19,16 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 64  # kMMRopeBlock: tokens whose gradients of the norms form one partial sum
 NAMES = ("q", "k", "dq", "dk", "dq_weight", "dq_bias", "dk_weight", "dk_bias")
 
-pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
+pytestmark = [
+    pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal())),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(params=library.isas())
 def isa(request, monkeypatch):
     monkeypatch.setenv("LUMOS_CPU_ISA", request.param)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On shared cores the barriers of many small parallel regions take longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

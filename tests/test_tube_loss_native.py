@@ -15,7 +15,10 @@ from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_referenc
 from lumos_kernels.tube_loss import native
 from lumos_kernels.tube_loss.api import VISUAL_CLASSES
 
-pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
+pytestmark = [
+    pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal())),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FIRST = 5  # classes before the slice
@@ -26,14 +29,6 @@ NAMES = ("nll", "lse", "dhidden", "dweight")
 def isa(request, monkeypatch):
     monkeypatch.setenv("LUMOS_CPU_ISA", request.param)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
