@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import types
-import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 
 import lumos_kernels
 from lumos.cli_generate import add_generate, parse_size
-from lumos.train import TrainConfig, train
+from lumos.cli_train import add_train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--tokenizer", help="folder of a checkpoint with tokenizer.json (default: byte tokenizer)")
 
-    command = commands.add_parser("train", help="train a model on folders of samples")
-    command.set_defaults(run=lambda **options: _train(TrainConfig(**options)))
-    _add_fields(command, TrainConfig)
-
+    add_train(commands)
     add_generate(commands)
 
     command = commands.add_parser("backends", help="list the kernels' implementations and what runs here")
@@ -92,32 +86,6 @@ def _tokenize(
         max_pixels=max_pixels,
     )
     print(summary)
-
-
-def _train(config: TrainConfig) -> None:
-    summary = train(config)
-    print(
-        f"{summary.steps} steps in {summary.seconds:.1f} s: loss {summary.first_loss:.3f} -> {summary.last_loss:.3f}\n"
-        f"log: {summary.log}\ncheckpoint: {summary.checkpoint}"
-    )
-
-
-def _add_fields(parser: argparse.ArgumentParser, config: type) -> None:
-    """One option for each field of a dataclass, with its type, default and help."""
-    hints = typing.get_type_hints(config)
-    for field in fields(config):
-        hint = hints[field.name]
-        if isinstance(hint, types.UnionType):  # "str | None"
-            hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-        default = None if field.default is MISSING else field.default
-        text = field.metadata["help"] + ("" if default in (None, (), False) else f" (default {default})")
-        flag = "--" + field.name.replace("_", "-")
-        if typing.get_origin(hint) is tuple:
-            parser.add_argument(flag, nargs="+", default=default, required=default == (), help=text)
-        elif hint is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            parser.add_argument(flag, type=hint, default=default, help=text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,9 +16,11 @@ from tqdm import tqdm
 from lumos.config import LumosConfig
 from lumos.data import SampleFolder
 from lumos.model import Lumos
+from lumos.options import write_options
 from lumos.train.batches import Batches, MicroBatch
 from lumos.train.config import TrainConfig, compute_dtype
 from lumos.train.log import log_line
+from lumos.train.schedule import make_schedule
 from lumos.train.step import StepStats, make_optimizer, training_step
 
 
@@ -65,9 +67,7 @@ class Trainer:
         self.model = _make_model(config).to(self.device).train()
         self.batches = Batches(dataset, config, self.model.config.classes)
         self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (step + 1) / max(config.warmup, 1))
-        )
+        self.schedule = make_schedule(self.optimizer, config)
         self.after_step: list[Callable[[StepStats], None]] = []
 
     def state(self) -> dict[str, Stateful]:
@@ -106,7 +106,8 @@ class Trainer:
                 f"out: {self.out} holds the {' and '.join(earlier)} of an earlier run; choose another or overwrite"
             )
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "train.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        for name in ("train.json", "train.yaml"):
+            write_options(self.out / name, self.config.to_dict())
 
     def _step(self) -> dict:
         """One optimizer step; returns its line of the log."""
