@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lumos.config import LumosConfig
 from lumos_kernels import FrameLayout, frame_attention, mm_rope, tube_masked_loss
@@ -36,11 +36,30 @@ class KeyValueCache(Protocol):
         ...
 
 
+class ContextExchange(Protocol):
+    """What context parallelism plugs in: a rank has its own tokens, and in attention all tokens of its own heads."""
+
+    size: int
+
+    def own(self, x: Tensor) -> Tensor:
+        """[..., T] of the whole stream -> the part that belongs to the rank's tokens."""
+        ...
+
+    def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The rank's tokens of all heads -> all tokens of the rank's heads."""
+        ...
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """The way back."""
+        ...
+
+
 @dataclass(frozen=True)
 class Stream:
     """What every layer needs to know of the packed stream.
 
     positions: int32 [3, T]; limits: RowLimits of T queries over the keys (of the cache, where there is one).
+    context: where several ranks share the stream: positions are then the rank's own, limits those of all tokens.
     impl: implementation of every op, or of the ops named in a mapping ("mm_rope", "frame_attention",
         "tube_masked_loss"); the others are "auto".
     """
@@ -49,6 +68,7 @@ class Stream:
     limits: RowLimits
     impl: str | Mapping[str, str] = "auto"
     cache: KeyValueCache | None = None
+    context: ContextExchange | None = None
 
 
 @dataclass
@@ -140,6 +160,8 @@ class Attention(nn.Module):
         )
         if stream.cache is not None:
             k_TKD, v_TKD = stream.cache.update(self.layer, k_TKD, v_TKD)
+        if stream.context is not None:
+            q_THD, k_TKD, v_TKD = stream.context.to_heads(q_THD, k_TKD, v_TKD)
         o_THD = frame_attention(
             q_THD,
             k_TKD,
@@ -148,6 +170,8 @@ class Attention(nn.Module):
             deterministic=torch.are_deterministic_algorithms_enabled(),
             impl=choose_impl(stream.impl, "frame_attention"),
         )
+        if stream.context is not None:
+            o_THD = stream.context.to_tokens(o_THD)
         return self.o_proj(o_THD.flatten(-2))
 
 
@@ -172,12 +196,15 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.swin_norm, self.dropout = config.swin_norm, config.dropout
-        self.checkpointed = False
+        self.mlp_size = config.intermediate_size
+        self.checkpointed = self.selective = False
 
     def forward(self, x_TC: Tensor, stream: Stream) -> Tensor:
-        if self.checkpointed and self.training and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_TC, stream, use_reentrant=False)
-        return self._forward(x_TC, stream)
+        if not (self.checkpointed and self.training and torch.is_grad_enabled()):
+            return self._forward(x_TC, stream)
+        keep = {"context_fn": partial(create_selective_checkpoint_contexts, self._policy)} if self.selective else {}
+        random = self.dropout > 0
+        return checkpoint(self._forward, x_TC, stream, use_reentrant=False, preserve_rng_state=random, **keep)
 
     def _forward(self, x_TC: Tensor, stream: Stream) -> Tensor:
         if self.swin_norm:
@@ -185,6 +212,15 @@ class Block(nn.Module):
             return x_TC + self._drop(self.post_attention_layernorm(self.mlp(x_TC)))
         x_TC = x_TC + self._drop(self.self_attn(self.input_layernorm(x_TC), stream))
         return x_TC + self._drop(self.mlp(self.post_attention_layernorm(x_TC)))
+
+    def _policy(self, _, op: torch._ops.OpOverload, *args, **__) -> CheckpointPolicy:
+        """Selective checkpointing keeps what matmuls and attention put out, except what backward never reads: the
+        output of down_proj, unless its norm comes behind it.
+        """
+        costly = op in (torch.ops.aten.mm.default, torch.ops.lumos_kernels.frame_attention.default)
+        if costly and (self.swin_norm or args[0].shape[1] != self.mlp_size):
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
 
     def _drop(self, x_TC: Tensor) -> Tensor:
         return F.dropout(x_TC, self.dropout, self.training) if self.dropout else x_TC
@@ -256,10 +292,14 @@ class Lumos(nn.Module):
                 if isinstance(module, HeadNorm):
                     module.bias.zero_()
 
-    def checkpoint_layers(self, every: int = 1) -> None:
-        """Recompute every n-th layer in the backward pass instead of keeping its activations; 0 keeps all of them."""
+    def checkpoint_layers(self, every: int = 1, selective: bool = False) -> None:
+        """Recompute every n-th layer in the backward pass instead of keeping its activations; 0 keeps all of them.
+
+        selective: keep the outputs of matmuls and attention and recompute the rest: little time, half of the memory.
+        """
         for number, layer in enumerate(self.model.layers):
             layer.checkpointed = bool(every) and number % every == 0
+            layer.selective = selective
 
     def forward(
         self,
@@ -271,6 +311,7 @@ class Lumos(nn.Module):
         z_loss_weight: float | None = None,
         focal_gamma: float = 0.0,
         decay_start: float | None = None,
+        context: ContextExchange | None = None,
     ) -> LumosOutput:
         """Hidden states of a batch and, with labels, its loss: mean cross entropy over the target slots.
 
@@ -283,20 +324,28 @@ class Lumos(nn.Module):
         focal_gamma: 0, or >= 1 (upstream 2): each slot's cross entropy is scaled by (1 - p_target)^gamma.
         decay_start: weight of the first frame's slots; the weights rise linearly to 1 in the document's last frame
             and the mean still divides by the number of slots (upstream's CEDecay). Neither option scales the z-loss.
+        context: of a stream that several ranks share (lumos.parallel): input_ids, labels and rows are then those of
+            the rank's own tokens, layout that of the whole stream; so is the output the rank's own, its loss the mean
+            over the rank's own target slots.
 
         Raises ValueError for a shape, a layout or an option that does not fit, and for documents longer than
         config.max_position_embeddings (upstream cuts them silently). Documents of a packed stream are measured
         where the layout is on the CPU: on a GPU that would make the host wait.
         """
-        layout = self._checked_layout(input_ids, layout)
-        stream = Stream(layout.positions, layout.limits, self.impl)
+        layout = self._checked_layout(input_ids, layout, 1 if context is None else context.size)
+        weight_T = None if labels is None or decay_start is None else frame_decay(layout, decay_start)
+        if context is not None:
+            layout = own_layout(layout, context)
+            weight_T = None if weight_T is None else context.own(weight_T)
+        stream = Stream(layout.positions, layout.limits, self.impl, context=context)
         hidden_TC = self.model(input_ids.reshape(-1), stream)
-        output = LumosOutput(None, hidden_TC.view(*input_ids.shape, -1), layout)
+        hidden = hidden_TC if input_ids.dim() == 1 else hidden_TC.view(*input_ids.shape, -1)
+        output = LumosOutput(None, hidden, layout)
         if labels is not None:
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels must have the shape of input_ids {[*input_ids.shape]}, got {[*labels.shape]}")
             z_loss = self.config.z_loss_weight if z_loss_weight is None else z_loss_weight
-            self._add_loss(output, hidden_TC, labels.reshape(-1), rows, z_loss, focal_gamma, decay_start)
+            self._add_loss(output, hidden_TC, labels.reshape(-1), rows, z_loss, focal_gamma, weight_T)
         return output
 
     def logits(self, hidden: Tensor, classes: tuple[int, int] | None = None) -> Tensor:
@@ -312,7 +361,7 @@ class Lumos(nn.Module):
         rows: Tensor | None,
         z_loss: float,
         focal_gamma: float,
-        decay_start: float | None,
+        weight_T: Tensor | None,
     ) -> None:
         """Fills loss, nll and targets. The only place that reads lm_head in training."""
         if focal_gamma != 0 and focal_gamma < 1:
@@ -322,7 +371,6 @@ class Lumos(nn.Module):
         if torch.is_autocast_enabled(hidden_TC.device.type):  # the fp32 norm weight has promoted them
             hidden_TC = hidden_TC.to(torch.get_autocast_dtype(hidden_TC.device.type))
         lo, hi = self.config.classes
-        weight_T = None if decay_start is None else frame_decay(output.layout, decay_start)
         output.targets = (labels_T >= lo) & (labels_T < hi)
         loss, stats = tube_masked_loss(
             hidden_TC,
@@ -342,20 +390,23 @@ class Lumos(nn.Module):
             loss = (focal_T + z_loss * stats.lse.square()).sum() / output.targets.sum().clamp_min(1)
         output.loss, output.nll = loss, stats.nll.detach()
 
-    def _checked_layout(self, input_ids: Tensor, layout: FrameLayout | None) -> FrameLayout:
+    def _checked_layout(self, input_ids: Tensor, layout: FrameLayout | None, ranks: int) -> FrameLayout:
         if layout is None:
+            if ranks > 1:
+                raise ValueError("context needs layout, that of the whole stream: input_ids are a part of it")
             if input_ids.dim() != 2:
                 raise ValueError(
                     f"packed input_ids {[*input_ids.shape]} need layout=FrameLayout.from_tokens(input_ids, cu_seqlens)"
                 )
             layout = FrameLayout.from_tokens(input_ids)
-        elif layout.num_tokens != input_ids.numel() or layout.positions.device != input_ids.device:
+        elif layout.num_tokens != ranks * input_ids.numel() or layout.positions.device != input_ids.device:
+            of = "" if ranks == 1 else f" on each of the {ranks} ranks of context"
             raise ValueError(
-                f"layout must describe the {input_ids.numel()} tokens of input_ids on {input_ids.device}, "
+                f"layout must describe the {input_ids.numel()} tokens of input_ids{of} on {input_ids.device}, "
                 f"got {layout.num_tokens} on {layout.positions.device}"
             )
         limit = self.config.max_position_embeddings
-        longest = input_ids.shape[-1]
+        longest = ranks * input_ids.shape[-1]
         if input_ids.dim() == 1 and longest > limit and layout.cu_seqlens.device.type == "cpu":
             longest = int(layout.cu_seqlens.diff().max())
         elif input_ids.dim() == 1:
@@ -363,6 +414,12 @@ class Lumos(nn.Module):
         if longest > limit:
             raise ValueError(f"a document has {longest} tokens, more than max_position_embeddings {limit}")
         return layout
+
+
+def own_layout(layout: FrameLayout, context: ContextExchange) -> FrameLayout:
+    """What concerns a rank's own tokens of a shared stream; documents and limits stay those of the whole stream."""
+    positions, content, frame_index = map(context.own, (layout.positions, layout.content, layout.frame_index))
+    return FrameLayout(layout.cu_seqlens, positions, content, frame_index, layout.limits)
 
 
 def frame_decay(layout: FrameLayout, start: float) -> Tensor:

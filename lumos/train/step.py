@@ -6,22 +6,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from lumos.model import Lumos, LumosOutput
+from lumos.parallel import Parallel
 from lumos.train.batches import MicroBatch
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step measured, on the device: reading a tensor waits for it.
+    """What one optimizer step measured over all ranks, on the device: reading a tensor waits for it.
 
     loss: mean over the step's target slots; frame_losses: [F], nan for a frame without targets; grad_norm: before
-    clipping.
+    clipping; targets: fp64, the number of target slots.
     """
 
     loss: Tensor
     frame_losses: Tensor
     grad_norm: Tensor
+    targets: Tensor
 
 
 def training_step(
@@ -30,31 +34,63 @@ def training_step(
     batches: list[MicroBatch],
     clip: float,
     dtype: torch.dtype = torch.float32,
+    parallel: Parallel | None = None,
+    *,
+    z_loss_weight: float | None = None,
+    focal_gamma: float = 0.0,
+    decay_start: float | None = None,
 ) -> StepStats:
     """One optimizer step over micro-batches, without a host sync.
 
-    The gradient is that of the mean over the target slots of all micro-batches, whatever their sizes.
-    dtype: bfloat16 runs the forward pass under autocast; the weights keep their dtype.
+    The gradient is that of the mean over the target slots of all micro-batches of all ranks, whatever their sizes.
+    batches: the rank's own micro-batches, whole: the ranks of a context group get the same, and every rank as many.
+    dtype: bfloat16 computes in it; the weights that are optimised keep their dtype.
+    parallel: of a model that parallel.apply has sharded; None for a run of one process.
+    The other options are those of Lumos.forward.
     """
     device = next(model.parameters()).device
-    total = max(sum(batch.num_targets for batch in batches), 1)
+    parallel = parallel or Parallel(device)
+    batches = [parallel.split(batch) for batch in batches]
     num_frames = max(batch.layout.num_frames for batch in batches)
+    frames_of_all = parallel.largest(num_frames)
+    own_targets = sum(batch.num_targets for batch in batches)
+    targets = parallel.sum(torch.full((), own_targets, dtype=torch.float64, device=device))
     optimizer.zero_grad(set_to_none=True)
-    loss, sums, counts = 0.0, 0.0, 0.0
-    for batch in batches:
+    losses, sums, counts = 0.0, 0.0, 0.0
+    for number, batch in enumerate(batches, start=1):
+        parallel.reduce_gradients(model, number == len(batches))
         batch = batch.to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with parallel.autocast(dtype):
             out: LumosOutput = model(
-                batch.masked.input_ids, labels=batch.masked.labels, layout=batch.layout, rows=batch.masked.rows
+                batch.masked.input_ids,
+                labels=batch.masked.labels,
+                layout=batch.layout,
+                rows=batch.masked.rows,
+                z_loss_weight=z_loss_weight,
+                focal_gamma=focal_gamma,
+                decay_start=decay_start,
+                context=parallel.context,
             )
-        share = out.loss * (batch.num_targets / total)
+        share = out.loss * (batch.num_targets / targets.clamp_min(1)).float()
         share.backward()
-        loss = loss + share.detach()
+        losses = losses + share.detach()
         more_sums, more_counts = out.frame_sums(num_frames)
         sums, counts = sums + more_sums, counts + more_counts
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    grad_norm = clip_gradients(model, clip)
     optimizer.step()
-    return StepStats(loss, (sums / counts).float(), grad_norm)
+    frames = frames_of_all()
+    sums, counts = (F.pad(x, (0, frames - num_frames)) for x in (sums, counts))
+    loss, sums, counts = parallel.sum(torch.cat([losses.double()[None], sums, counts])).split([1, frames, frames])
+    return StepStats(loss[0].float(), (sums / counts).float(), grad_norm, targets)
+
+
+def clip_gradients(model: Lumos, clip: float) -> Tensor:
+    """Scales the gradients down to the norm `clip` over all ranks; returns their norm before, without a host sync."""
+    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    if isinstance(norm, DTensor):  # of sharded gradients: the ranks' parts have to be put together
+        norm = norm.full_tensor()
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+    return norm
 
 
 def make_optimizer(model: Lumos, lr: float, weight_decay: float) -> torch.optim.AdamW:
