@@ -14,6 +14,7 @@ from lumos.masking import MASK_KINDS, mask_ratio
 from lumos.options import converted, from_options, option, read_options, to_options
 
 DTYPES = ("float32", "bfloat16")
+ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 TOO_LONG = ("error", "drop")
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -70,10 +71,22 @@ class TrainConfig:
     dtype: str = option("auto", "float32, bfloat16 (autocast, fp32 weights), or auto: bfloat16 on GPUs")
     device: str = option("auto", "cpu, cuda, or auto")
     impl: str = option("auto", "implementation of the ops")
-    checkpoint_layers: bool = option(False, "recompute each layer in backward instead of keeping its activations")
+    activation_checkpointing: str = option(
+        "none", "what backward recomputes: none, full (each layer), or selective (all but matmuls and attention)"
+    )
+    replicate: int = option(1, "copies of the sharded model, whose gradients are all-reduced (HSDP)")
+    context: int = option(1, "processes that share each stream; must divide the key/value heads")
 
     def __post_init__(self) -> None:
-        for check in (_check_run, _check_batches, _check_masks, _check_loss, _check_optimizer, _check_device):
+        for check in (
+            _check_run,
+            _check_batches,
+            _check_masks,
+            _check_loss,
+            _check_optimizer,
+            _check_device,
+            _check_parallel,
+        ):
             check(self)
 
     @classmethod
@@ -153,6 +166,12 @@ def _check_device(config: TrainConfig) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no CUDA device")
     _check_choice(config, ("auto", *DTYPES), "dtype")
+
+
+def _check_parallel(config: TrainConfig) -> None:
+    """Whether they fit the number of processes is known where the run starts: Parallel.start."""
+    _check_choice(config, ACTIVATION_CHECKPOINTING, "activation_checkpointing")
+    _check_at_least(config, 1, "replicate", "context")
 
 
 def _check_at_least(config: TrainConfig, least: int, *names: str) -> None:

@@ -132,5 +132,6 @@ def _make_model(config: TrainConfig) -> Lumos:
     else:
         model = Lumos.from_pretrained(config.init, dtype=torch.float32)
     model.impl = config.impl
-    model.checkpoint_layers(int(config.checkpoint_layers))
+    kind = config.activation_checkpointing
+    model.checkpoint_layers(int(kind != "none"), selective=kind == "selective")
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,7 @@ def training_step(
     clip: float,
     dtype: torch.dtype = torch.float32,
     parallel: Parallel | None = None,
-    *,
-    z_loss_weight: float | None = None,
-    focal_gamma: float = 0.0,
-    decay_start: float | None = None,
+    loss: Mapping[str, float | None] | None = None,
 ) -> StepStats:
     """One optimizer step over micro-batches, without a host sync.
 
@@ -46,7 +44,7 @@ def training_step(
     batches: the rank's own micro-batches, whole: the ranks of a context group get the same, and every rank as many.
     dtype: bfloat16 computes in it; the weights that are optimised keep their dtype.
     parallel: of a model that parallel.apply has sharded; None for a run of one process.
-    The other options are those of Lumos.forward.
+    loss: options of Lumos.forward, z_loss_weight, focal_gamma and decay_start (TrainConfig.loss_options).
     """
     device = next(model.parameters()).device
     parallel = parallel or Parallel(device)
@@ -66,10 +64,8 @@ def training_step(
                 labels=batch.masked.labels,
                 layout=batch.layout,
                 rows=batch.masked.rows,
-                z_loss_weight=z_loss_weight,
-                focal_gamma=focal_gamma,
-                decay_start=decay_start,
                 context=parallel.context,
+                **(loss or {}),
             )
         share = out.loss * (batch.num_targets / targets.clamp_min(1)).float()
         share.backward()
@@ -80,8 +76,8 @@ def training_step(
     optimizer.step()
     frames = frames_of_all()
     sums, counts = (F.pad(x, (0, frames - num_frames)) for x in (sums, counts))
-    loss, sums, counts = parallel.sum(torch.cat([losses.double()[None], sums, counts])).split([1, frames, frames])
-    return StepStats(loss[0].float(), (sums / counts).float(), grad_norm, targets)
+    mean, sums, counts = parallel.sum(torch.cat([losses.double()[None], sums, counts])).split([1, frames, frames])
+    return StepStats(mean[0].float(), (sums / counts).float(), grad_norm, targets)
 
 
 def clip_gradients(model: Lumos, clip: float) -> Tensor:
