@@ -40,12 +40,14 @@ IGNORED = -100  # label of tokens that are not predicted
 
 _NOT_TEXT = (FRAME_START, FRAME_END, NEW_LINE, MASK, VIDEO_START, VIDEO_END)
 _BYTE_BASE = 16384
+_FIRST_DIGIT = 16399  # id of "0" in the text tokenizer of the released checkpoints
+_LARGEST_NUMBER = MASK - NUMBER_BASE - 1
 
 
 def number(n: int, name: str = "n") -> int:
     """The id that writes the number n: 8804 + n, 0 < n < 199. ValueError outside, with the argument's name."""
-    if not 0 < n < MASK - NUMBER_BASE:
-        raise ValueError(f"{name} must be 1..{MASK - NUMBER_BASE - 1} to fit a number token, got {n}")
+    if not 0 < n <= _LARGEST_NUMBER:
+        raise ValueError(f"{name} must be 1..{_LARGEST_NUMBER} to fit a number token, got {n}")
     return NUMBER_BASE + n
 
 
@@ -270,11 +272,18 @@ def drop_text(ids: Tensor) -> Tensor:
     return ids[int(starts[0]) :].long()
 
 
-def read_numbers(path: str | Path) -> dict[int, list[int]]:
-    """The table number -> text ids for cut_video, from a JSON object of the official form {"12": [16400, 16401]}."""
+def read_numbers(path: str | Path) -> Mapping[int, Sequence[int]]:
+    """The table number -> text ids for cut_video.
+
+    path: a JSON object of the official form {"12": [16400, 16401]}, or "digits": the table published with the official
+    code and carried on beyond its end at 999, where each decimal digit d is the id 16399 + d.
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    if path == "digits":
+        return {n: tuple(_FIRST_DIGIT + int(digit) for digit in str(n)) for n in range(_LARGEST_NUMBER**2 + 1)}
     try:
         table = {int(key): value for key, value in json.loads(Path(path).read_text()).items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no table of numbers: {error}") from error
     for key, ids in table.items():
         if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i < VISUAL_START for i in ids):
@@ -283,22 +292,63 @@ def read_numbers(path: str | Path) -> dict[int, list[int]]:
 
 
 def cut_with_labels(
-    ids: Tensor, labels: Tensor | None, fps: int, seconds: int, numbers: Mapping[int, Sequence[int]] | None = None
+    ids: Tensor,
+    labels: Tensor | None,
+    fps: int,
+    seconds: int,
+    numbers: Mapping[int, Sequence[int]] | None = None,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """cut_video on a document and its labels, int64 [L] with -100 where nothing is predicted."""
-    number(fps, "fps"), number(seconds, "seconds")
+    """cut_video on a document and its labels, int64 [L] with -100 where nothing is predicted; from latent frame `start`
+    on."""
     spans = Spans.of(ids)
-    if len(spans.frames) == spans.seconds == spans.fps == 1:
-        fps = seconds = 1
-    if spans.fps % fps:
-        raise ValueError(f"fps {fps} does not divide the document's {spans.fps}: latent frames cannot be resampled")
-    wanted = latent_frames(fps * seconds)
-    kept = [j for j in range(0, len(spans.frames), spans.fps // fps) if (j + 1) * fps <= wanted * spans.fps]
-    if len(kept) < wanted:
-        raise ValueError(
-            f"seconds: {seconds} s at {fps} fps are {wanted} latent frames, the document has {len(kept)} of them"
-        )
-    ids, labels = _keep(ids, labels, spans, kept, seconds, fps)
+    cut = Cut.of(len(spans.frames), spans.seconds, spans.fps, fps, seconds)
+    if not 0 <= start < cut.starts:
+        raise ValueError(f"start must be 0..{cut.starts - 1} to leave {cut.frames} frames, got {start}")
+    ids, labels = _keep(ids, labels, spans, cut.kept(start), cut.seconds, cut.fps)
+    return replace_placeholders(ids, labels, cut.seconds, cut.fps, numbers)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What cut_video makes of a document: `frames` latent frames, every `step`-th of its own, and the new header.
+
+    starts: latent frames that a cut may start at, 0..starts - 1. Only the one from 0 begins with a frame that holds a
+    single picture; from any other on, the first frame holds four.
+    """
+
+    seconds: int
+    fps: int
+    frames: int
+    step: int
+    starts: int
+
+    @classmethod
+    def of(cls, frames: int, data_seconds: int, data_fps: int, fps: int, seconds: int) -> Cut:
+        """The cut of a document of `frames` latent frames to a duration. ValueError as in cut_video."""
+        number(fps, "fps"), number(seconds, "seconds")
+        if frames == data_seconds == data_fps == 1:
+            return cls(1, 1, 1, 1, 1)
+        if data_fps % fps:
+            raise ValueError(f"fps {fps} does not divide the document's {data_fps}: latent frames cannot be resampled")
+        step, wanted = data_fps // fps, latent_frames(fps * seconds)
+        starts = frames - (wanted - 1) * step
+        if starts < 1:
+            there = -(-frames // step)
+            raise ValueError(
+                f"seconds: {seconds} s at {fps} fps are {wanted} latent frames, the document has {there} of them"
+            )
+        return cls(seconds, fps, wanted, step, starts)
+
+    def kept(self, start: int = 0) -> range:
+        """The latent frames that stay, of the document's."""
+        return range(start, start + (self.frames - 1) * self.step + 1, self.step)
+
+
+def replace_placeholders(
+    ids: Tensor, labels: Tensor | None, seconds: int, fps: int, numbers: Mapping[int, Sequence[int]] | None
+) -> tuple[Tensor, Tensor | None]:
+    """The placeholders 65539 and 65540 in the text replaced by the ids of seconds * fps and fps; None: left alone."""
     if numbers is not None:
         for placeholder, value in zip(PLACEHOLDERS[1:], (fps * seconds, fps), strict=True):
             ids, labels = _replace(ids, labels, placeholder, numbers, value)

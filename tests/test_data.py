@@ -23,24 +23,12 @@ from lumos.data import (
     read_official_sample,
     tokenize,
 )
-from lumos.tokens import NUM_CODES, ByteTokenizer, build_document, parse_document
+from lumos.tokens import ByteTokenizer, parse_document
 from lumos.video import ClipTooShortError, read_video, sample_clips, to_float, write_image
 from lumos_kernels.layout import FrameLayout
+from tests.documents import document, official
 
 FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def document(frames=2, rows=4, cols=8, seed=0, text=(16500, 65539, 16501, 65540), seconds=1, fps=4):
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, NUM_CODES, (frames, rows, cols), generator=generator)
-    return build_document(list(text), codes, seconds, fps)
-
-
-def official(ids=None, begin=None, **changes):
-    """What the official pre-tokenisation pickles: labels -100 on the text."""
-    ids = (document() if ids is None else ids).tolist()
-    begin = ids.index(9004) if begin is None else begin
-    return {"token": ids, "label": [-100] * begin + ids[begin:], "id": 7} | changes
 
 
 def write_folder(folder, count=3):

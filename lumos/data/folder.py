@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lumos.data.sample import Sample
+from lumos.data.sample import Sample, Shape
 
 
 class SampleWriter:
@@ -99,6 +99,10 @@ class SampleFolder(Dataset[Sample]):
                 says = f"{getattr(sample, name)!r}, {_INDEX} {getattr(entry, name)!r}"
                 raise ValueError(f"{where}: {name} is {says}")
         return sample
+
+    def describe(self, at: int) -> Shape:
+        """The shape of sample `at`."""
+        return Shape.of(self[at].ids)
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_map": None}  # a pickled map would carry the whole file to every data worker

@@ -11,7 +11,47 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lumos.tokens import Spans, cut_with_labels, drop_text
+from lumos.tokens import PLACEHOLDERS, Spans, cut_with_labels, drop_text
+from lumos_kernels.layout import frame_length
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How long a document is and of what, known without its tokens.
+
+    text_tokens: tokens before the video start, those that dropping the text takes away; 0 where there is no text.
+    seconds, fps: as written in the document; frames: latent frames of rows x cols codes.
+    length: L, all tokens.
+    placeholders: how often 65539 and 65540 occur in the text.
+    """
+
+    text_tokens: int
+    seconds: int
+    fps: int
+    frames: int
+    rows: int
+    cols: int
+    length: int
+    placeholders: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, ids: Tensor) -> Shape:
+        """Reads it off a document, integer [L]. ValueError says what is malformed."""
+        spans = Spans.of(ids)
+        text = ids[: spans.begin]
+        marks = tuple(int((text == placeholder).sum()) for placeholder in PLACEHOLDERS[1:])
+        sizes = (len(spans.frames), spans.rows, spans.cols, len(ids))
+        return cls(spans.begin, spans.seconds, spans.fps, *sizes, marks)
+
+    def with_frames(self, frames: int, seconds: int, fps: int) -> Shape:
+        """The shape after the video was cut to so many latent frames."""
+        length = self.length + (frames - self.frames) * frame_length(self.rows, self.cols)
+        return replace(self, frames=frames, seconds=seconds, fps=fps, length=length)
+
+    def with_numbers(self, lengths: Sequence[int]) -> Shape:
+        """The shape after each of the two placeholders was replaced by so many ids."""
+        more = sum(count * (length - 1) for count, length in zip(self.placeholders, lengths, strict=True))
+        return replace(self, text_tokens=self.text_tokens + more, length=self.length + more, placeholders=(0, 0))
 
 
 @dataclass(frozen=True)
@@ -41,9 +81,9 @@ class Sample:
         spans = Spans.of(ids)
         return cls(ids.long(), spans.seconds, spans.fps, len(spans.frames), spans.rows, spans.cols, **known)
 
-    def cut(self, fps: int, seconds: int, numbers: Mapping[int, Sequence[int]] | None = None) -> Sample:
-        """cut_video on ids and labels alike."""
-        ids, labels = cut_with_labels(self.ids, self.labels, fps, seconds, numbers)
+    def cut(self, fps: int, seconds: int, numbers: Mapping[int, Sequence[int]] | None = None, start: int = 0) -> Sample:
+        """cut_video on ids and labels alike, from latent frame `start` on."""
+        ids, labels = cut_with_labels(self.ids, self.labels, fps, seconds, numbers, start)
         return Sample.from_ids(ids, caption=self.caption, source=self.source, labels=labels, id=self.id)
 
     def without_text(self) -> Sample:

@@ -1,0 +1,136 @@
+"""What a training run reads: data sources, and the samples behind a path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from lumos.data.folder import SampleFolder
+from lumos.data.official import OfficialDataset, OfficialFiles, OfficialMeta
+from lumos.data.sample import Sample, Shape
+from lumos.tokens import Cut, cut_with_labels, number, read_numbers, replace_placeholders
+
+CROPS = ("start", "random")
+
+
+class Samples(Protocol):
+    """A dataset of samples that also tells their shapes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: int) -> Sample: ...
+
+    def describe(self, at: int) -> Shape:
+        """The shape of sample `at`, without its tokens where the format allows."""
+        ...
+
+
+def open_samples(path: str | Path) -> Samples:
+    """The samples behind a path.
+
+    A folder written by SampleWriter; an official index (.json or .jsonl), META list (.yaml or .yml) or sample (.pkl).
+    Raises FileNotFoundError and ValueError naming the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return SampleFolder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: expected a folder of samples or a file of the official form")
+    kind = {".json": OfficialDataset, ".jsonl": OfficialDataset, ".yaml": OfficialMeta, ".yml": OfficialMeta}
+    if path.suffix == ".pkl":
+        return OfficialFiles([path])
+    if path.suffix not in kind:
+        raise ValueError(f"{path} is neither a folder of samples nor a .json, .jsonl, .yaml, .yml or .pkl file")
+    return kind[path.suffix](path)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Samples of a training run, and what is done to each of them before masking.
+
+    path: what open_samples takes.
+    weight: share of this source's documents among those of all sources, > 0.
+    fps, seconds: the duration that videos are cut to, as cut_video does it; None keeps the document's. Images stay.
+    crop: which latent frames stay: "start", the first ones, as upstream; "random", a window that starts at any latent
+        frame. Only the first latent frame of a clip holds a single picture, each later one holds four: a window that
+        does not start at 0 begins with a latent frame of four pictures, which is not how a generated clip begins.
+    numbers: the ids that replace the placeholders 65539 (pictures) and 65540 (fps) in official texts: a table, the path
+        of one, or "digits" (see read_numbers); None leaves the placeholders.
+    """
+
+    path: str | Path
+    weight: float = 1.0
+    fps: int | None = None
+    seconds: int | None = None
+    crop: str = "start"
+    numbers: str | Path | Mapping[int, Sequence[int]] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, (str, Path)) or not str(self.path):
+            raise ValueError(f"path must name a folder or a file of samples, got {self.path!r}")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not 0 < self.weight < math.inf:
+            raise ValueError(f"weight must be a finite number above 0, got {self.weight!r}")
+        for name in ("fps", "seconds"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ValueError(f"{name} must be a whole number or None, got {value!r}")
+            if value is not None:
+                number(value, name)
+        if self.crop not in CROPS:
+            raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {self.crop!r}")
+        if self.numbers is not None and not isinstance(self.numbers, (str, Path, Mapping)):
+            raise ValueError(f"numbers must be a table, a path, 'digits' or None, got {self.numbers!r}")
+
+    def open(self) -> Samples:
+        """open_samples(path)."""
+        return open_samples(self.path)
+
+    def prepare(self, sample: Sample, random: np.random.Generator) -> Tensor:
+        """The document of a sample as training sees it, int64 [L'], and as long as prepared_shape says with the same
+        generator. ValueError as in cut_video, naming the sample's source."""
+        try:
+            cut, start = self._cut(sample.frames, sample.seconds, sample.fps, random)
+            if cut is None:
+                return replace_placeholders(sample.ids, None, sample.seconds, sample.fps, self._numbers())[0]
+            return cut_with_labels(sample.ids, None, cut.fps, cut.seconds, self._numbers(), start)[0]
+        except ValueError as error:
+            raise ValueError(f"{sample.source or self.path}: {error}") from error
+
+    def prepared_shape(self, shape: Shape, random: np.random.Generator) -> Shape:
+        """The shape of what prepare returns; takes the same draws from the generator. ValueError likewise."""
+        try:
+            cut, _ = self._cut(shape.frames, shape.seconds, shape.fps, random)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        if cut is not None:
+            shape = shape.with_frames(cut.frames, cut.seconds, cut.fps)
+        numbers = self._numbers()
+        if numbers is None:
+            return shape
+        values = (shape.seconds * shape.fps, shape.fps)
+        missing = [value for value in values if value not in numbers]
+        if missing:
+            raise ValueError(f"numbers has no ids for {missing[0]}")
+        return shape.with_numbers([len(numbers[value]) for value in values])
+
+    def _cut(self, frames: int, seconds: int, fps: int, random: np.random.Generator) -> tuple[Cut | None, int]:
+        """The cut, None for none, and the latent frame it starts at."""
+        if self.fps is None and self.seconds is None:
+            return None, 0
+        cut = Cut.of(frames, seconds, fps, self.fps or fps, self.seconds or seconds)
+        return cut, int(random.integers(cut.starts)) if self.crop == "random" else 0
+
+    def _numbers(self) -> Mapping[int, Sequence[int]] | None:
+        return _table(self.numbers) if isinstance(self.numbers, (str, Path)) else self.numbers
+
+
+@lru_cache
+def _table(path: str | Path) -> Mapping[int, Sequence[int]]:
+    return read_numbers(path)
