@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from lumos.cli import main
+from lumos.data import DataSource
 from lumos.options import add_options, from_options, option, read_options, to_options, write_options
 from lumos.train import TrainConfig
 from lumos.train.schedule import lr_factor, make_schedule
@@ -75,7 +76,11 @@ def test_every_field_is_written(tmp_path):
         ("init: 3", "init must be a text or null, got a whole number, 3"),
         ("preset: null", "preset must be a text, got null"),
         ("data: folder", "data must be a list"),
-        ("data: [a, 3]", r"data\[1\] must be a text.*got a whole number, 3"),
+        ("data: [a, 3]", r"data\[1\] must be a text or a mapping of path, weight, .*got a whole number, 3"),
+        ("data: [{path: a, weigth: 2}]", r"data\[0\]: unknown key 'weigth' \(nearest: 'weight'\)"),
+        ("data: [{path: a, fps: fast}]", r"data\[0\]: fps must be a whole number or null, got a text, 'fast'"),
+        ("data: [{path: a, weight: -1}]", "weight must be a finite number above 0"),
+        ("data: ['a,fps=fast']", r"data: 'a,fps=fast' is no source: .*'fast'"),
         ("- a\n- b", "run.yaml must hold keys and values, got a list"),
         ("lr: 1\nlr: 2", "run.yaml cannot be read: given twice: lr"),
         ("lr: [1", "run.yaml cannot be read"),
@@ -99,6 +104,15 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         TrainConfig.load(tmp_path / "absent.yaml")
+
+
+def test_a_source_is_a_path_a_text_or_a_mapping(tmp_path):
+    written = file(tmp_path, "data:\n- a, b\n- c,weight=2,fps=12,seconds=2,crop=random\n- {path: d, weight: 1e-1}\n")
+    want = (DataSource("a, b"), DataSource("c", 2.0, 12, 2, "random"), DataSource("d", 0.1))
+    assert TrainConfig.load(written).data == want
+    assert TrainConfig(data=(tmp_path,)).data == (DataSource(str(tmp_path)),)
+    assert TrainConfig(data=want).data == want
+    assert TrainConfig.from_dict(json.loads(json.dumps(TrainConfig(data=want).to_dict()))).data == want
 
 
 @pytest.mark.parametrize(

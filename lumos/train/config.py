@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lumos.data.sources import DataSource
 from lumos.masking import MASK_KINDS, mask_ratio
 from lumos.options import converted, from_options, option, read_options, to_options
 
@@ -23,10 +25,15 @@ SCHEDULES = ("constant", "cosine", "linear")
 class TrainConfig:
     """Options of `lumos train`: each field is a command-line option and a key of --config files.
 
+    data: sources of documents; a text or a path becomes the DataSource it describes, PATH[,key=value]... .
+
     Raises ValueError naming the field, its value and what is allowed.
     """
 
-    data: tuple[str, ...] = option((), "folders of tokenised samples (`lumos tokenize`)")
+    data: tuple[str | DataSource, ...] = option(
+        (),
+        "sample folders (`lumos tokenize`) or official indices, each PATH[,weight=W][,fps=N][,seconds=N][,crop=...]",
+    )
     out: str = option("run", "folder for the log and the checkpoint")
     overwrite: bool = option(False, "replace the log and the checkpoint of an earlier run in `out`")
     checkpoint_every: int = option(500, "steps between checkpoints of the whole state, one more at the end; 0: none")
@@ -78,6 +85,7 @@ class TrainConfig:
     context: int = option(1, "processes that share each stream; must divide the key/value heads")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", tuple(_source(entry) for entry in self.data))
         for check in (
             _check_run,
             _check_batches,
@@ -114,6 +122,20 @@ class TrainConfig:
             "focal_gamma": self.focal_gamma,
             "decay_start": self.decay_start,
         }
+
+
+def _source(entry: str | Path | DataSource) -> DataSource:
+    """A DataSource, or the one that a text describes: PATH[,key=value]..., with the keys of DataSource."""
+    if isinstance(entry, DataSource):
+        return entry
+    path, *given = re.split(rf",(?=(?:{'|'.join(f.name for f in fields(DataSource)[1:])})=)", str(entry))
+    options: dict[str, Any] = dict(part.split("=", 1) for part in given)
+    try:
+        for name in {"fps", "seconds"} & options.keys():
+            options[name] = int(options[name])
+        return from_options(DataSource, {"path": path, **options}, "data")
+    except ValueError as error:
+        raise ValueError(f"data: {str(entry)!r} is no source: {error}") from error
 
 
 def _check_run(config: TrainConfig) -> None:

@@ -63,7 +63,7 @@ class Trainer:
         )
         self.dtype = compute_dtype(config.dtype, self.device)
         torch.manual_seed(config.seed)
-        dataset = torch.utils.data.ConcatDataset([SampleFolder(folder) for folder in config.data])
+        dataset = torch.utils.data.ConcatDataset([SampleFolder(source.path) for source in config.data])
         self.model = _make_model(config).to(self.device).train()
         self.batches = Batches(dataset, config, self.model.config.classes)
         self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
