@@ -243,10 +243,11 @@ def tube_loss_cases() -> Iterator[Case]:
         hidden, weight = torch.empty(4, 8, dtype=dtype), torch.empty(classes, 8, dtype=dtype)
         rows, per_row = torch.arange(4), torch.empty(4)
         arguments = hidden, weight, rows, rows
+        need = trained, torch.empty(weight.shape) if trained else None
         if backward:
-            implementation.backward(per_row, per_row, *arguments, per_row, trained, trained)
+            implementation.backward(per_row, per_row, *arguments, per_row, *need)
         else:
-            implementation.forward(*arguments, per_row if weighted else None, 0.1, trained, trained)
+            implementation.forward(*arguments, per_row if weighted else None, 0.1, *need)
 
     # 64 registers are two programs of 16 warps on an SM, or one of 32. The narrow access is the target's logit.
     wide = {"LDG.E.128": 4, "STG.E.128": 2}

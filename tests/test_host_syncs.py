@@ -123,11 +123,11 @@ def test_tube_loss_of_known_rows(dtype, need):
     hidden, weight, labels, rows, per_token = tube_loss_arguments(400, 64, 640, dtype)
     with pretended_gpu() as record, mock.patch.object(kernels, "CHUNK_BYTES", 128 * 704 * dtype.itemsize):
         nll, lse, correct, dhidden, dweight = tube_loss_ops._forward(
-            hidden, weight, labels, rows, per_token, 8, 648, 0.1, *need, "triton"
+            hidden, weight, labels, rows, per_token, 8, 648, 0.1, *need, False, "triton"
         )
         assert record.launches == ["_loss_kernel"] * 3
         gradients = tube_loss_ops._backward(
-            per_token, per_token, hidden, weight, labels, rows, lse, 8, 648, *need, "triton"
+            per_token, per_token, hidden, weight, labels, rows, lse, 8, 648, *need, False, "triton"
         )
         assert record.launches[3:] == (["_gradient_kernel"] * 3 if any(need) else [])
     assert (nll.shape, lse.shape, correct.dtype) == ((400,), (400,), torch.bool)
@@ -142,7 +142,7 @@ def test_tube_loss_reads_the_number_of_unknown_rows():
     pytest.importorskip("triton")
     hidden, weight, labels, _, per_token = tube_loss_arguments(400, 64, 640)
     with pretended_gpu(), pytest.raises(HostSync, match="nonzero"):
-        tube_loss_ops._forward(hidden, weight, labels, None, per_token, 8, 648, 0.1, True, True, "triton")
+        tube_loss_ops._forward(hidden, weight, labels, None, per_token, 8, 648, 0.1, True, True, True, "triton")
 
 
 @needs_triton
@@ -155,7 +155,8 @@ def test_tube_loss_holds_one_chunk_beyond_its_results(width):
     rows = torch.empty(28224, dtype=torch.int64, device="meta")
     targets = torch.empty_like(rows)
     with pretended_gpu() as record:
-        results = kernels.forward(hidden, weight, targets, rows, None, 0.0, True, True)
+        results = [torch.empty(weight.shape, device="meta")]
+        results += kernels.forward(hidden, weight, targets, rows, None, 0.0, True, *results)
         kept = sum(x.untyped_storage().nbytes() for x in results)
         assert record.bytes == kept
         assert record.peak - kept <= 4096 * (64000 + width) * 2 + 4 * len(rows)  # 0.54 GB at 2,048; some indices

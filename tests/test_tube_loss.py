@@ -18,6 +18,7 @@ from lumos_kernels.testing import (
     eager_loss,
     poisoned_allocations,
 )
+from lumos_kernels.tube_loss import ops as loss_ops
 
 OP = dispatch.ops()["tube_masked_loss"]
 
@@ -412,20 +413,48 @@ def test_activation_checkpointing(impl, reentrant):
     assert_bitwise_equal(weight.grad, dweight)
 
 
+WEIGHTS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [(0, 40), (0, 41), (3, 41), (30, 41), (20, 33), (7, 8)], ids=str)
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_the_whole_gradient_in_the_memory_of_the_sums(monkeypatch, weight_dtype, hidden_dtype, classes, width):
+    """Wherever the class slice lies, and in blocks of any size: no row lands on sums that are still to be read."""
+    hidden, weight = torch.empty(2, width, dtype=hidden_dtype), torch.empty(41, width, dtype=weight_dtype)
+    if not loss_ops._can_share(hidden, weight):
+        assert weight_dtype == torch.float64 != hidden_dtype
+        return
+    values = torch.randn(classes[1] - classes[0], width, dtype=torch.promote_types(hidden_dtype, torch.float32))
+    scale = torch.rand((), dtype=values.dtype)
+    for floats in (1, 2 * width, 5 * width, 1000):
+        monkeypatch.setattr(loss_ops, "SCALED_FLOATS", floats)
+        with poisoned_allocations():
+            sums = loss_ops._class_sums(hidden, weight, *classes, room=True)
+        assert (sums.shape, sums.dtype) == (values.shape, values.dtype)
+        sums.copy_(values)
+        memory = sums.untyped_storage().nbytes()
+        assert memory <= max(weight.nbytes, sums.nbytes + (41 - classes[1]) * width * weight.itemsize) + 8
+        expected = loss_ops._whole_weight(values, scale, weight, *classes)
+        assert_bitwise_equal(loss_ops._whole_weight_in_place(sums, scale, weight, *classes), expected)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("need", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("ignored", [False, True])
-def test_opcheck(impl, need, ignored):
+@pytest.mark.parametrize("room", [False, True])
+def test_opcheck(impl, need, ignored, room):
     hidden, weight, labels = (tensor.detach() for tensor in problem())
     hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
     labels = torch.full_like(labels, -100) if ignored else labels
     rows = targets(labels).nonzero()[:, 0].int()
     ops = torch.ops.lumos_kernels
     for rows_, token_weight in ((None, None), (rows, torch.rand(50))):
-        tail = (*CLASSES, 0.1, *need, impl)
+        tail = (*CLASSES, 0.1, *need, room, impl)
         opcheck(ops.tube_masked_loss.default, (hidden, weight, labels, rows_, token_weight, *tail))
         grads, lse = (torch.rand(1).expand(50), torch.rand(100)[::2]), torch.rand(50)
-        tail = (*CLASSES, *need, impl)
+        tail = (*CLASSES, *need, room, impl)
         opcheck(ops.tube_masked_loss_backward.default, (*grads, hidden, weight, labels, rows_, lse, *tail))
 
 

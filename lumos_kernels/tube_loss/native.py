@@ -27,9 +27,9 @@ def forward(
     row_weight: Tensor | None,
     z_loss: float,
     need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    work = _Work(hidden, weight, need_hidden, need_weight)
+    dweight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    work = _Work(hidden, weight, need_hidden, dweight)
     row_weight = None if row_weight is None else row_weight.float().contiguous()
     stats = []
     for part in work.chunks(rows):
@@ -43,7 +43,7 @@ def forward(
         stats.append(_ops().tube_loss_finish(target, factor, z_loss, *sizes, *partial, kept, work.isa))
         work.add(rows[part], x, kept)
     nll, lse, correct = (torch.cat(parts) for parts in zip(*stats, strict=True))
-    return nll, lse, correct, work.dhidden, work.dweight
+    return nll, lse, correct, work.dhidden
 
 
 def backward(
@@ -55,11 +55,11 @@ def backward(
     rows: Tensor,
     lse: Tensor,
     need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    work = _Work(hidden, weight, need_hidden, need_weight)
-    if not (need_hidden or need_weight):
-        return None, None
+    dweight: Tensor | None,
+) -> Tensor | None:
+    work = _Work(hidden, weight, need_hidden, dweight)
+    if not work.trained:
+        return None
     per_row = [grad.float().contiguous() for grad in (lse, grad_nll, grad_lse)]
     for part in work.chunks(rows):
         x, target = hidden[rows[part]], targets[part].contiguous()
@@ -67,7 +67,7 @@ def backward(
         for _, first, logits in work.logits(x):
             _ops().tube_loss_gradient(logits, target, first, *(t[part] for t in per_row), kept, work.isa)
         work.add(rows[part], x, kept)
-    return work.dhidden, work.dweight
+    return work.dhidden
 
 
 def _ops():
@@ -94,9 +94,8 @@ class _Work:
     hidden: Tensor
     weight: Tensor
     need_hidden: bool
-    need_weight: bool
+    dweight: Tensor | None
     dhidden: Tensor | None = None
-    dweight: Tensor | None = None
     isa: int = field(default_factory=lambda: _host.ISA_VALUES[library.isa()])
 
     def __post_init__(self) -> None:
@@ -105,9 +104,10 @@ class _Work:
         self.dtype = torch.bfloat16 if self.hidden.dtype == torch.bfloat16 else torch.float32
         if self.need_hidden:
             self.dhidden = torch.zeros_like(self.hidden)
-        if self.need_weight:
-            self.dweight = torch.zeros(self.weight.shape, dtype=torch.float32)
-        self.row_bytes = self.dtype.itemsize * self.classes if self.need_hidden or self.need_weight else 1
+        if self.dweight is not None:
+            self.dweight.zero_()
+        self.trained = self.need_hidden or self.dweight is not None
+        self.row_bytes = self.dtype.itemsize * self.classes if self.trained else 1
         self._buffers: dict[str, Tensor] = {}
 
     def chunks(self, rows: Tensor) -> Iterator[slice]:
@@ -124,7 +124,7 @@ class _Work:
         return flat[: rows * columns].view(rows, columns)
 
     def kept(self, rows: int) -> Tensor | None:
-        if not (self.need_hidden or self.need_weight):
+        if not self.trained:
             return None
         return self._buffer("kept", rows, self.classes, self.dtype)
 

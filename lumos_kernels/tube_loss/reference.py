@@ -26,14 +26,14 @@ def forward(
     row_weight: Tensor | None,
     z_loss: float,
     need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    dweight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Statistics of the target rows and, on request, the gradients of the SUM of their losses.
 
     hidden [T, C]; weight [K, C], the class slice; targets int64 [N] in [0, K); rows int64 [N]; row_weight fp32 [N].
-    Returns nll [N], lse [N], correct bool [N], dhidden [T, C] or None, dweight [K, C] or None.
+    Returns nll [N], lse [N], correct bool [N], dhidden [T, C] or None, and writes dweight [K, C] where given.
     """
-    grads = _Gradients(hidden, weight, need_hidden, need_weight)
+    grads = _Gradients(hidden, weight, need_hidden, dweight)
     row_weight = grads.weight.new_ones(rows.shape) if row_weight is None else row_weight
     stats = []
     for row, target, factor in _blocks(rows, targets, row_weight):
@@ -43,7 +43,7 @@ def forward(
         stats.append((nll, lse, logits.argmax(-1) == target))
         grads.add(row, logits, lse, target, factor, 2 * z_loss * lse)
     nll, lse, correct = (torch.cat(parts) for parts in zip(*stats, strict=True))
-    return nll, lse, correct, grads.hidden, grads.classes
+    return nll, lse, correct, grads.hidden
 
 
 def backward(
@@ -55,13 +55,13 @@ def backward(
     rows: Tensor,
     lse: Tensor,
     need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    dweight: Tensor | None,
+) -> Tensor | None:
     """Gradients of sum_i grad_nll[i] * nll_i + grad_lse[i] * lse_i; both [N], other shapes as in forward."""
-    grads = _Gradients(hidden, weight, need_hidden, need_weight)
+    grads = _Gradients(hidden, weight, need_hidden, dweight)
     for row, target, dnll, dlse, lse_ in _blocks(rows, targets, grad_nll, grad_lse, lse):
         grads.add(row, _compute(hidden[row]) @ grads.weight.T, lse_, target, dnll, dlse)
-    return grads.hidden, grads.classes
+    return grads.hidden
 
 
 def _blocks(*per_row: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -71,10 +71,10 @@ def _blocks(*per_row: Tensor) -> Iterator[tuple[Tensor, ...]]:
 class _Gradients:
     """Collects the gradients of the hidden states and of the class slice over blocks of rows."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, dweight: Tensor | None) -> None:
         self.x, self.weight = hidden, _compute(weight)
         self.hidden = torch.zeros_like(hidden) if need_hidden else None
-        self.classes = torch.zeros_like(self.weight) if need_weight else None
+        self.classes = None if dweight is None else dweight.zero_()
 
     def add(self, rows: Tensor, logits: Tensor, lse: Tensor, target: Tensor, dnll: Tensor, dlse: Tensor) -> None:
         """Adds the gradients of dnll * nll + dlse * lse. That of the logits takes their place:

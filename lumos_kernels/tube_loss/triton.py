@@ -163,10 +163,10 @@ def forward(
     row_weight: Tensor | None,
     z_loss: float,
     need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    dweight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See ops.py. Three launches a chunk of rows, two more for each gradient; no host sync."""
-    work = _Work(hidden, weight, rows, need_hidden, need_weight)
+    work = _Work(hidden, weight, rows, need_hidden, dweight)
     nll, lse = (torch.empty(rows.shape, dtype=torch.float32, device=rows.device) for _ in range(2))
     correct = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
     for part in work.chunks():
@@ -184,11 +184,11 @@ def forward(
                 logits.stride(0),
                 logits.shape[1],
                 z_loss,
-                WITH_GRADIENT=need_hidden or need_weight,
+                WITH_GRADIENT=need_hidden or dweight is not None,
                 **options,
             )
         work.add(part, logits)
-    return nll, lse, correct.view(torch.bool), work.dhidden, work.dweight
+    return nll, lse, correct.view(torch.bool), work.dhidden
 
 
 def backward(
@@ -200,12 +200,12 @@ def backward(
     rows: Tensor,
     lse: Tensor,
     need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    dweight: Tensor | None,
+) -> Tensor | None:
     """See ops.py. Makes the logits again."""
-    if not (need_hidden or need_weight):
-        return None, None
-    work = _Work(hidden, weight, rows, need_hidden, need_weight)
+    if not need_hidden and dweight is None:
+        return None
+    work = _Work(hidden, weight, rows, need_hidden, dweight)
     for part in work.chunks():
         logits = work.logits(part)
         options = _options(GRADIENT, logits)
@@ -214,7 +214,7 @@ def backward(
         with checks.device_guard(logits):
             _gradient_kernel[grid](logits, *per_row, logits.stride(0), logits.shape[1], **options)
         work.add(part, logits)
-    return work.dhidden, work.dweight
+    return work.dhidden
 
 
 def chunk_rows(rows: int, row_bytes: int) -> int:
@@ -241,16 +241,14 @@ def _options(table: dict[int, Config], logits: Tensor) -> dict:
 class _Work:
     """The matmuls of a call and their results. Beyond the results it holds one chunk: logits, and rows of x or dx."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, rows: Tensor, need_hidden: bool, need_weight: bool) -> None:
-        self.hidden, self.weight, self.rows = hidden, weight, rows
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: Tensor, need_hidden: bool, dweight: Tensor | None) -> None:
+        self.hidden, self.weight, self.rows, self.dweight = hidden, weight, rows, dweight
         device, (classes, width) = hidden.device, weight.shape
         self.size = chunk_rows(len(rows), (classes + width) * hidden.element_size())
         size = min(self.size, len(rows))
         self._x = torch.empty((size, width), dtype=hidden.dtype, device=device)
         self._logits = torch.empty((size, classes), dtype=hidden.dtype, device=device)
         self.dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if need_hidden else None
-        allocate = torch.empty if len(rows) else torch.zeros  # the first chunk writes all of it
-        self.dweight = allocate(weight.shape, dtype=torch.float32, device=device) if need_weight else None
 
     def chunks(self) -> Iterator[slice]:
         return (slice(start, min(start + self.size, len(self.rows))) for start in range(0, len(self.rows), self.size))

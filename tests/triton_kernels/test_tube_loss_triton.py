@@ -286,14 +286,17 @@ def test_frozen_inputs_do_not_change_the_other_gradient(reduction, device):
 
 
 def direct(problem, row_weight=None, need=(True, True)) -> list[Tensor]:
-    """Everything that the implementation returns, called without torch.library between."""
+    """Everything that the implementation returns and writes, called without torch.library between."""
     hidden, weight, labels = problem
     classes = weight[FIRST:-BEHIND].contiguous()
     rows = ((labels >= FIRST) & (labels < len(weight) - BEHIND)).nonzero()[:, 0]
     per_row = torch.rand(2, len(rows), device=hidden.device)
     targets = labels[rows] - FIRST
-    outputs = kernels.forward(hidden, classes, targets, rows, row_weight, 0.1, *need)
-    return [*outputs, *kernels.backward(*per_row, hidden, classes, targets, rows, outputs[1], *need)]
+    options = {"dtype": torch.float32, "device": hidden.device}
+    sums = [torch.empty(classes.shape, **options) if need[1] else None for _ in range(2)]
+    outputs = kernels.forward(hidden, classes, targets, rows, row_weight, 0.1, need[0], sums[0])
+    dhidden = kernels.backward(*per_row, hidden, classes, targets, rows, outputs[1], need[0], sums[1])
+    return [*outputs, sums[0], dhidden, sums[1]]
 
 
 @pytest.mark.usefixtures("small_blocks", "small_chunks")
