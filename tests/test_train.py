@@ -9,8 +9,9 @@ import torch
 from lumos import Lumos, LumosConfig
 from lumos.cli import main
 from lumos.data import SampleFolder, SampleWriter
-from lumos.tokens import VIDEO_START, ByteTokenizer, build_document
-from lumos.train import Batches, TrainConfig, make_optimizer, read_log, train, training_step
+from lumos.tokens import ByteTokenizer, build_document
+from lumos.train import MicroBatch, PackedBatches, TrainConfig, make_optimizer, read_log, train, training_step
+from lumos.train.batches import open_sources
 from lumos.video import sample_clips
 from lumos_kernels import tube_masked_loss
 
@@ -47,9 +48,14 @@ def tiny_preset(monkeypatch):
     monkeypatch.setattr(LumosConfig, "preset", classmethod(lambda cls, name: small_config()))
 
 
-def batches_of(folder, **options) -> Batches:
-    config = TrainConfig(data=(str(folder),), **options)
-    return Batches(SampleFolder(folder), config, small_config().classes)
+def batches_of(folder, **options) -> PackedBatches:
+    return PackedBatches(open_sources([folder]), TrainConfig(**options), small_config().classes)
+
+
+def step_of(folder, **options) -> list[MicroBatch]:
+    """The first step's micro-batches."""
+    batches = batches_of(folder, **options)
+    return [batches.load(stream) for stream in batches.next_plan()]
 
 
 def test_loss_falls_and_is_logged_step_by_step(folder, tmp_path, tiny_preset):
@@ -80,7 +86,7 @@ def test_checkpoint_continues_where_the_run_ended(folder, tmp_path, tiny_preset)
     config = TrainConfig(data=(str(folder),), out=str(tmp_path / "run"), steps=3, lr=1e-2)
     summary = train(config, progress=False)
     model = Lumos.from_pretrained(summary.checkpoint)
-    batch = batches_of(folder)[0]
+    (batch,) = step_of(folder)
     with torch.no_grad():
         out = model(batch.masked.input_ids, labels=batch.masked.labels, layout=batch.layout, rows=batch.masked.rows)
     more = TrainConfig(data=(str(folder),), out=str(tmp_path / "more"), steps=1, init=str(summary.checkpoint))
@@ -91,7 +97,7 @@ def test_checkpoint_continues_where_the_run_ended(folder, tmp_path, tiny_preset)
 def test_accumulated_micro_batches_give_the_gradient_of_their_union(folder):
     torch.manual_seed(0)
     model = Lumos(small_config())
-    halves = batches_of(folder, documents=1, micro_batches=2, text_drop=0.0).step(0)
+    halves = step_of(folder, micro_batches=2, text_drop=0.0)
     assert halves[0].num_targets != halves[1].num_targets, "equal sizes would not show a wrong weighting"
 
     def gradients(step):
@@ -108,42 +114,18 @@ def test_accumulated_micro_batches_give_the_gradient_of_their_union(folder):
 
 def test_gradient_is_clipped_to_the_norm(folder):
     model = Lumos(small_config())
-    step = batches_of(folder).step(0)
+    step = step_of(folder)
     stats = training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), step, clip=1e-3)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert stats.grad_norm > 1e-2
     assert norm == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_every_epoch_visits_each_sample_once_in_an_order_of_its_own(folder):
-    batches = batches_of(folder)
-    orders = [[batches._sample(place) for place in range(epoch * 5, epoch * 5 + 5)] for epoch in range(4)]
-    assert all(sorted(order) == list(range(5)) for order in orders)
-    assert len({tuple(order) for order in orders}) > 1
-
-
-def test_micro_batches_depend_on_their_number_alone(folder):
-    again = batches_of(folder, documents=2)
-    first, second = again[3], again[3]
-    assert torch.equal(first.masked.input_ids, second.masked.input_ids)
-    assert not torch.equal(first.masked.input_ids, again[4].masked.input_ids)
-
-
-def test_text_is_dropped_as_often_as_asked(folder):
-    def dropped(probability):
-        batches = batches_of(folder, text_drop=probability)
-        return sum(int(batches[i].masked.input_ids[0]) == VIDEO_START for i in range(200))
-
-    assert dropped(0.0) == 0
-    assert dropped(1.0) == 200
-    assert 20 < dropped(0.25) < 80
-
-
 def test_bfloat16_step_keeps_fp32_weights_and_follows_the_fp32_loss(folder):
     torch.manual_seed(0)
     model = Lumos(small_config())
     optimizer = make_optimizer(model, lr=1e-9, weight_decay=0.0)
-    step = batches_of(folder).step(0)
+    step = step_of(folder)
     exact, rounded = (
         training_step(model, optimizer, step, 4.0, dtype).loss for dtype in (torch.float32, torch.bfloat16)
     )
@@ -214,7 +196,7 @@ def test_autocast_reaches_the_loss(folder, monkeypatch):
     monkeypatch.setattr("lumos.model.tube_masked_loss", spy)
     model = Lumos(small_config())
     for dtype in (torch.float32, torch.bfloat16):
-        training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), batches_of(folder).step(0), 1.0, dtype)
+        training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), step_of(folder), 1.0, dtype)
     assert seen == [torch.float32, torch.bfloat16]
 
 

@@ -1,14 +1,14 @@
 """Training of Lumos-1 with AR-DF masking (arXiv 2507.08801, sections 3.3 and 4.1)."""
 
-from lumos.train.batches import Batches, MicroBatch
+from lumos.train.batches import MicroBatch, PackedBatches
 from lumos.train.config import TrainConfig
 from lumos.train.log import peak_memory_gb, read_log
 from lumos.train.loop import Trainer, TrainSummary, train
 from lumos.train.step import StepStats, make_optimizer, training_step
 
 __all__ = [
-    "Batches",
     "MicroBatch",
+    "PackedBatches",
     "StepStats",
     "TrainConfig",
     "TrainSummary",

@@ -14,10 +14,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from tqdm import tqdm
 
 from lumos.config import LumosConfig
-from lumos.data import SampleFolder
 from lumos.model import Lumos
 from lumos.options import write_options
-from lumos.train.batches import Batches, MicroBatch
+from lumos.train.batches import MicroBatch, PackedBatches, open_sources
 from lumos.train.config import TrainConfig, compute_dtype
 from lumos.train.log import log_line
 from lumos.train.schedule import make_schedule
@@ -63,9 +62,9 @@ class Trainer:
         )
         self.dtype = compute_dtype(config.dtype, self.device)
         torch.manual_seed(config.seed)
-        dataset = torch.utils.data.ConcatDataset([SampleFolder(source.path) for source in config.data])
+        sources = open_sources(config.data)
         self.model = _make_model(config).to(self.device).train()
-        self.batches = Batches(dataset, config, self.model.config.classes)
+        self.batches = PackedBatches(sources, config, self.model.config.classes)
         self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
         self.schedule = make_schedule(self.optimizer, config)
         self.after_step: list[Callable[[StepStats], None]] = []
@@ -114,7 +113,9 @@ class Trainer:
         start = time.perf_counter()
         number, micro_batches = self.step, self._next_batches()
         lr = self.optimizer.param_groups[0]["lr"]
-        stats = training_step(self.model, self.optimizer, micro_batches, self.config.clip, self.dtype)
+        stats = training_step(
+            self.model, self.optimizer, micro_batches, self.config.clip, self.dtype, loss=self.config.loss_options()
+        )
         self.schedule.step()
         for call in self.after_step:
             call(stats)
@@ -123,7 +124,7 @@ class Trainer:
         return log_line(number, loss, stats, micro_batches, lr, time.perf_counter() - start, self.device)
 
     def _next_batches(self) -> list[MicroBatch]:
-        return self.batches.step(self.step)
+        return [self.batches.load(stream) for stream in self.batches.next_plan()]
 
 
 def _make_model(config: TrainConfig) -> Lumos:
