@@ -245,7 +245,7 @@ def cut_video(ids: Tensor, fps: int, seconds: int, numbers: Mapping[int, Sequenc
     ids: integer [L]. Raises ValueError for a malformed document, an fps that does not divide the document's, a
     document shorter than asked for, a number that `numbers` lacks.
     """
-    return cut_with_labels(ids, None, fps, seconds, numbers)[0]
+    return cut_with_labels(ids, None, Spans.of(ids), fps, seconds, numbers)[0]
 
 
 def take_frames(ids: Tensor, n: int) -> Tensor:
@@ -294,19 +294,19 @@ def read_numbers(path: str | Path) -> Mapping[int, Sequence[int]]:
 def cut_with_labels(
     ids: Tensor,
     labels: Tensor | None,
+    spans: Spans,
     fps: int,
     seconds: int,
     numbers: Mapping[int, Sequence[int]] | None = None,
     start: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """cut_video on a document and its labels, int64 [L] with -100 where nothing is predicted; from latent frame `start`
-    on."""
-    spans = Spans.of(ids)
+    """cut_video on a document of known spans and its labels, int64 [L] with -100 where nothing is predicted; from
+    latent frame `start` on."""
     cut = Cut.of(len(spans.frames), spans.seconds, spans.fps, fps, seconds)
     if not 0 <= start < cut.starts:
         raise ValueError(f"start must be 0..{cut.starts - 1} to leave {cut.frames} frames, got {start}")
     ids, labels = _keep(ids, labels, spans, cut.kept(start), cut.seconds, cut.fps)
-    return replace_placeholders(ids, labels, cut.seconds, cut.fps, numbers)
+    return replace_placeholders(ids, labels, spans.begin, cut.seconds, cut.fps, numbers)
 
 
 @dataclass(frozen=True)
@@ -346,13 +346,29 @@ class Cut:
 
 
 def replace_placeholders(
-    ids: Tensor, labels: Tensor | None, seconds: int, fps: int, numbers: Mapping[int, Sequence[int]] | None
+    ids: Tensor,
+    labels: Tensor | None,
+    begin: int,
+    seconds: int,
+    fps: int,
+    numbers: Mapping[int, Sequence[int]] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The placeholders 65539 and 65540 in the text replaced by the ids of seconds * fps and fps; None: left alone."""
-    if numbers is not None:
-        for placeholder, value in zip(PLACEHOLDERS[1:], (fps * seconds, fps), strict=True):
-            ids, labels = _replace(ids, labels, placeholder, numbers, value)
-    return ids, labels
+    """The placeholders 65539 and 65540 before the video start, token `begin`, replaced by the ids of seconds * fps and
+    fps; numbers None: left alone. Behind it the same ids are codes."""
+    if numbers is None:
+        return ids, labels
+    text, wanted = ids[:begin].tolist(), dict(zip(PLACEHOLDERS[1:], (fps * seconds, fps), strict=True))
+    for value in wanted.values():
+        if value not in numbers:
+            raise ValueError(f"numbers has no ids for {value}")
+    new, new_labels = [], []
+    for at, i in enumerate(text):
+        replaced = list(numbers[wanted[i]]) if i in wanted else [i]
+        new += replaced
+        # What replaces a placeholder is never predicted.
+        new_labels += [IGNORED] * len(replaced) if labels is None or i in wanted else [int(labels[at])]
+    ids = torch.cat([torch.tensor(new, dtype=torch.int64), ids[begin:]])
+    return ids, None if labels is None else torch.cat([torch.tensor(new_labels, dtype=torch.int64), labels[begin:]])
 
 
 def _keep(
@@ -368,22 +384,6 @@ def _keep(
     if labels is not None:
         labels = labels[index].long()
         labels[here] = torch.where(labels[here] == IGNORED, IGNORED, header)
-    return ids, labels
-
-
-def _replace(
-    ids: Tensor, labels: Tensor | None, placeholder: int, numbers: Mapping[int, Sequence[int]], value: int
-) -> tuple[Tensor, Tensor | None]:
-    """The placeholders before the video, where the same id is no code, replaced by the ids of the number."""
-    if value not in numbers:
-        raise ValueError(f"numbers has no ids for {value}")
-    new = torch.tensor(list(numbers[value]), dtype=torch.int64)
-    end = int((ids == VIDEO_START).nonzero()[0])
-    # From the last to the first, so that the earlier positions stay valid. Text is never predicted.
-    for at in reversed((ids[:end] == placeholder).nonzero().flatten().tolist()):
-        ids = torch.cat([ids[:at], new, ids[at + 1 :]])
-        if labels is not None:
-            labels = torch.cat([labels[:at], torch.full_like(new, IGNORED), labels[at + 1 :]])
     return ids, labels
 
 

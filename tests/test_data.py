@@ -4,8 +4,6 @@ import io
 import json
 import os
 import pickle
-import shutil
-import struct
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from lumos.data import (
     OfficialDataset,
     Sample,
     SampleFolder,
-    SampleWriter,
     collate,
     read_official_sample,
     tokenize,
@@ -29,162 +26,6 @@ from lumos_kernels.layout import FrameLayout
 from tests.documents import document, official
 
 FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def write_folder(folder, count=3):
-    with SampleWriter(folder) as writer:
-        for seed in range(count):
-            writer.add(document(seed + 1, seed=seed), caption=f"clip {seed} é\n", source=f"{seed}.mp4")
-    return folder
-
-
-def check_folder(folder, seeds):
-    dataset = SampleFolder(folder)
-    assert len(dataset) == len(seeds)
-    for sample, seed in zip(dataset, seeds, strict=True):
-        assert torch.equal(sample.ids, document(seed + 1, seed=seed))
-        assert (sample.caption, sample.source) == (f"clip {seed} é\n", f"{seed}.mp4")
-        assert (sample.frames, sample.rows, sample.cols, sample.seconds, sample.fps) == (seed + 1, 4, 8, 1, 4)
-
-
-def test_folder_round_trip(tmp_path):
-    check_folder(write_folder(tmp_path / "new" / "folder"), [0, 1, 2])
-    with SampleWriter(tmp_path / "new" / "folder") as writer:
-        returned = writer.add(document(4, seed=3), caption="clip 3 é\n", source="3.mp4")
-    check_folder(tmp_path / "new" / "folder", [0, 1, 2, 3])
-    dataset = SampleFolder(tmp_path / "new" / "folder")
-    assert torch.equal(dataset[-1].ids, returned.ids)
-    assert dataset[0].ids.dtype == torch.int64
-    with pytest.raises(IndexError):
-        dataset[4]
-
-
-def test_what_lies_in_the_files(tmp_path):
-    write_folder(tmp_path)
-    ids = torch.cat([document(seed + 1, seed=seed) for seed in range(3)])
-    assert (tmp_path / "tokens.bin").read_bytes() == struct.pack(f"<{len(ids)}I", *ids.tolist())
-    lines = [json.loads(line) for line in (tmp_path / "index.jsonl").read_text().splitlines()]
-    assert [line["length"] for line in lines] == [len(document(n)) for n in (1, 2, 3)]
-    assert set(lines[0]) == {"offset", "length", "seconds", "fps", "frames", "rows", "cols", "caption", "source"}
-
-
-def test_data_workers_get_no_copy_of_the_tokens(tmp_path):
-    write_folder(tmp_path)
-    dataset = SampleFolder(tmp_path)
-    assert len(dataset[0].ids)
-    assert len(pickle.dumps(dataset)) < (tmp_path / "tokens.bin").stat().st_size
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(copy[2].ids, dataset[2].ids)
-
-
-def test_an_empty_folder(tmp_path):
-    write_folder(tmp_path, count=0)
-    assert len(SampleFolder(tmp_path)) == 0
-
-
-@FILES
-@given(st.data())
-@pytest.mark.filterwarnings("ignore:.*torn")
-def test_a_crash_costs_at_most_the_unfinished_sample(tmp_path, data):
-    folder = tmp_path / "folder"
-    shutil.rmtree(folder, ignore_errors=True)
-    write_folder(folder)
-    tokens, index = (folder / "tokens.bin").read_bytes(), (folder / "index.jsonl").read_bytes()
-    before_last = [4 * sum(len(document(n)) for n in (1, 2)), index.rindex(b"\n", 0, -1) + 1]
-    # Tokens are written first: a torn index line means that all of them are there, but be safe against either.
-    cut_tokens = data.draw(st.just(len(tokens)) | st.integers(before_last[0], len(tokens)))
-    cut_index = data.draw(st.just(len(index)) | st.integers(before_last[1], len(index)))
-    (folder / "tokens.bin").write_bytes(tokens[:cut_tokens])
-    (folder / "index.jsonl").write_bytes(index[:cut_index])
-    finished = [0, 1, 2] if (cut_tokens, cut_index) == (len(tokens), len(index)) else [0, 1]
-    check_folder(folder, finished)
-    with SampleWriter(folder) as writer:
-        writer.add(document(4, seed=3), caption="clip 3 é\n", source="3.mp4")
-    check_folder(folder, [*finished, 3])
-
-
-def test_a_torn_token_file_is_announced(tmp_path):
-    write_folder(tmp_path)
-    os.truncate(tmp_path / "tokens.bin", (tmp_path / "tokens.bin").stat().st_size - 2)
-    with pytest.warns(UserWarning, match="tokens.bin is torn: the last sample, 2"):
-        SampleFolder(tmp_path)
-
-
-def test_lost_samples_are_not_passed_over(tmp_path):
-    write_folder(tmp_path)
-    os.truncate(tmp_path / "tokens.bin", 40)
-    with pytest.raises(ValueError, match=r"tokens\.bin ends at token 10, inside sample 0 of 3"):
-        SampleFolder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda line: "{", "Expecting property name"),
-        (lambda line: "[1]", "expected an object"),
-        (lambda line: json.dumps(json.loads(line) | {"offset": 3}), "offset is 3"),
-        (lambda line: json.dumps(json.loads(line) | {"length": 0}), "length is 0"),
-        (lambda line: json.dumps(json.loads(line) | {"fps": "4"}), "fps is '4'"),
-        (lambda line: json.dumps(json.loads(line) | {"caption": 4}), "caption is 4"),
-        (lambda line: json.dumps(json.loads(line) | {"more": 4}), "the keys"),
-        (lambda line: "[" * 100000, "recursion"),
-    ],
-)
-def test_a_broken_index_names_file_and_line(tmp_path, change, message):
-    write_folder(tmp_path)
-    lines = (tmp_path / "index.jsonl").read_text().splitlines()
-    lines[1] = change(lines[1])
-    (tmp_path / "index.jsonl").write_text("\n".join(lines) + "\n")
-    for reader in (SampleFolder, SampleWriter):
-        with pytest.raises(ValueError, match=rf"index\.jsonl, line 2: .*{message}"):
-            reader(tmp_path)
-
-
-def test_broken_tokens_name_file_and_sample(tmp_path):
-    write_folder(tmp_path)
-    tokens = np.memmap(tmp_path / "tokens.bin", "<u4", "r+")
-    start = len(document(1))
-    tokens[start + int((document(2, seed=1) == 9004).nonzero())] = 16500
-    tokens.flush()
-    dataset = SampleFolder(tmp_path)
-    assert dataset[0].frames == 1
-    with pytest.raises(ValueError, match=r"tokens\.bin, sample 1: a document has one video start"):
-        dataset[1]
-    with pytest.raises(ValueError, match=r"sample 1: "):
-        dataset[-2]
-
-
-def test_tokens_and_index_must_agree(tmp_path):
-    write_folder(tmp_path)
-    path = tmp_path / "index.jsonl"
-    path.write_text(path.read_text().replace('"fps": 4', '"fps": 5'))
-    with pytest.raises(ValueError, match=r"sample 0: fps is 4, index\.jsonl 5"):
-        SampleFolder(tmp_path)[0]
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokens\.bin"):
-        SampleFolder(tmp_path)
-    write_folder(tmp_path)
-    (tmp_path / "index.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"index\.jsonl"):
-        SampleFolder(tmp_path)
-
-
-def test_writer_refuses_malformed_documents_and_stays_usable(tmp_path):
-    with SampleWriter(tmp_path) as writer:
-        with pytest.raises(ValueError, match="video end"):
-            writer.add(document()[:-10])
-        writer.add(document(1), caption="clip 0 é\n", source="0.mp4")
-    check_folder(tmp_path, [0])
-
-
-def test_two_writers_are_noticed(tmp_path):
-    with SampleWriter(tmp_path) as one, SampleWriter(tmp_path) as other:
-        one.add(document())
-        with pytest.raises(RuntimeError, match="one writer a folder"):
-            other.add(document())
-    assert len(SampleFolder(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -370,10 +211,3 @@ def test_plain_pickles_agree_with_the_standard_loader(tmp_path):
 
     for protocol in (2, 3, 4, 5):
         assert _PlainUnpickler(io.BytesIO(pickle.dumps(content, protocol))).load() == content
-
-
-def test_tokens_without_an_index_are_not_overwritten(tmp_path):
-    (tmp_path / "tokens.bin").write_bytes(b"somebody else's")
-    with pytest.raises(ValueError, match=r"without index\.jsonl"):
-        SampleWriter(tmp_path)
-    assert (tmp_path / "tokens.bin").read_bytes() == b"somebody else's"

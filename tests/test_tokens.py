@@ -230,13 +230,14 @@ def test_an_image_stays_an_image():
 
 def test_labels_follow_the_ids():
     ids = build_document([16500, 65539], random_codes(22), 7, 12)
+    spans = Spans.of(ids)
     video = (torch.arange(len(ids)) >= 4) & (torch.arange(len(ids)) < len(ids))
-    new, labels = cut_with_labels(ids, torch.where(video, ids, -100), 12, 2, {24: [1, 2, 3], 12: [4]})
+    new, labels = cut_with_labels(ids, torch.where(video, ids, -100), spans, 12, 2, {24: [1, 2, 3], 12: [4]})
     begin = int((new == 9004).nonzero()[0])
     assert (labels[:begin] == -100).all()
     assert torch.equal(labels[begin:], new[begin:])
     given_frames = torch.full_like(ids, -100)  # as after masking_mode video_next_frame
-    assert (cut_with_labels(ids, given_frames, 12, 2)[1] == -100).all()
+    assert (cut_with_labels(ids, given_frames, spans, 12, 2)[1] == -100).all()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,21 @@
-"""Sample folders: token ids as memory-mapped uint32 beside an index."""
+"""Sample folders: token ids as memory-mapped uint32 in shards of bounded size, beside a memory-mapped index.
+
+    index.bin         a header, then a record of 72 bytes for each sample (lumos/data/index.py)
+    tokens-00000.bin  uint32 little-endian, documents one after another; tokens-00001.bin and so on
+    notes.jsonl       a line a sample: caption and source, which training does not read
+
+Opening reads the header and the last record, whatever the number of samples, and makes no Python object per sample.
+"""
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -15,47 +24,147 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lumos.data.index import (
+    CHECKED,
+    HEADER,
+    INDEX,
+    MOST_TORN,
+    NOTES,
+    RECORD,
+    create_index,
+    intact,
+    lock,
+    map_bytes,
+    map_index,
+    open_at,
+    open_index,
+    shard_name,
+    sync,
+)
 from lumos.data.sample import Sample, Shape
+from lumos.tokens import IGNORED
+from lumos_kernels.layout import frame_length
+
+SHARD_TOKENS = 1 << 28  # 1 GiB: few files for many samples, and small enough to copy, check or lose one by one
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is known of a sample beside its tokens."""
+
+    caption: str
+    source: str
 
 
 class SampleWriter:
-    """Appends samples to a folder: tokens.bin, uint32 little-endian, and index.jsonl, one line a sample.
+    """Appends samples to a folder.
 
-    A sample's index line is written after its tokens reached the disk, so a crash leaves at most a torn tail, which
-    the next writer cuts off. One writer a folder at a time. A context manager; ValueError for malformed samples.
+    A sample's record is written after its tokens and its note reached the disk, so a crash, or a kill at any moment,
+    leaves at most a torn tail, which the next writer cuts off.
+
+    batch: samples that are brought to the disk together; a crash loses at most the unfinished batch.
+    shard_tokens: size of a shard in tokens; a longer sample has a shard of its own.
+    A context manager. ValueError for malformed samples, for a folder of another layout and for a second writer.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, batch: int = 1, shard_tokens: int = SHARD_TOKENS) -> None:
+        if not 1 <= batch <= MOST_TORN:
+            raise ValueError(f"batch must be 1..{MOST_TORN} samples, got {batch}")
+        if shard_tokens < 1:
+            raise ValueError(f"shard_tokens must be >= 1, got {shard_tokens}")
+        self.folder, self.batch, self.shard_tokens = Path(folder), batch, shard_tokens
         self.folder.mkdir(parents=True, exist_ok=True)
-        sizes = {name: _size(self.folder / name) for name in (_TOKENS, _INDEX)}
-        if sizes[_TOKENS] and not sizes[_INDEX]:
-            raise ValueError(f"{self.folder} holds a {_TOKENS} without {_INDEX}: it would be overwritten")
-        for name in sizes:
-            (self.folder / name).touch()
-        entries, finished = _read_index(self.folder)
-        self._end = entries[-1].offset + entries[-1].length if entries else 0
-        os.truncate(self.folder / _TOKENS, 4 * self._end)
-        os.truncate(self.folder / _INDEX, finished)
-        self._tokens = open(self.folder / _TOKENS, "ab")  # noqa: SIM115
-        self._index = open(self.folder / _INDEX, "ab")  # noqa: SIM115
+        create_index(self.folder)
+        self._index = open(self.folder / INDEX, "r+b")  # noqa: SIM115
+        lock(self._index.fileno(), self.folder)
+        records, _ = open_index(self.folder)
+        self._keys = np.sort(records["key"])
+        self._new_keys: set[int] = set()
+        last = records[-1] if len(records) else np.zeros(1, RECORD)[0]
+        self._shard, self._end = int(last["shard"]), int(last["offset"]) + int(last["length"])
+        self._note_end = int(last["note"]) + int(last["note_length"])
+        self._index.truncate(len(HEADER) + len(records) * RECORD.itemsize)
+        self._index.seek(0, os.SEEK_END)
+        for file in self.folder.glob("tokens-*.bin"):
+            if file.name > shard_name(self._shard):
+                file.unlink()
+        self._tokens = open_at(self.folder / shard_name(self._shard), 4 * self._end)
+        self._notes = open_at(self.folder / NOTES, self._note_end)
+        self._pending: list[bytes] = []
 
-    def add(self, ids: Tensor, caption: str = "", source: str = "") -> Sample:
-        """Checks and appends one document, integer [L]. Returns the sample as it will be read."""
-        sample = Sample.from_ids(ids, caption=caption, source=source)
-        if os.fstat(self._tokens.fileno()).st_size != 4 * self._end:
-            raise RuntimeError(f"{self.folder / _TOKENS} changed under this writer: one writer a folder at a time")
-        entry = _Entry(self._end, len(ids), *(getattr(sample, name) for name in _DESCRIPTION))
-        self._tokens.write(sample.ids.cpu().numpy().astype("<u4").tobytes())
-        _flush(self._tokens)
-        self._index.write((json.dumps(asdict(entry)) + "\n").encode())
-        _flush(self._index)
-        self._end += len(ids)
+    def add(
+        self,
+        ids: Tensor,
+        caption: str = "",
+        source: str = "",
+        *,
+        labels: Tensor | None = None,
+        id: int | None = None,
+        key: int = 0,
+    ) -> Sample:
+        """Checks and appends one document, integer [L]. Returns the sample as it will be read.
+
+        labels: int64 [L], not stored: they must say what the document says, -100 before the video start and the ids
+            from there on, as upstream writes them. ValueError where they say something else.
+        id: of official samples, a signed 64-bit integer. key: see sample_key.
+        """
+        sample = Sample.from_ids(ids, caption=caption, source=source, id=id)
+        shape = sample.shape
+        _check_labels(sample, labels)
+        if id is not None and not -(2**63) <= id < 2**63:
+            raise ValueError(f"id must fit 64 bits, got {id}")
+        if max(shape.placeholders) >= 2**16:
+            raise ValueError(f"the text holds {shape.placeholders} placeholders, more than an index record can count")
+        if self._end and self._end + shape.length > self.shard_tokens:
+            self._next_shard()
+        tokens = sample.ids.cpu().numpy().astype("<u4").tobytes()
+        note = json.dumps({"caption": caption, "source": source}).encode() + b"\n"
+        record = np.zeros(1, RECORD)
+        for name, value in {
+            **{"offset": self._end, "note": self._note_end, "id": id or 0, "key": key, "shard": self._shard},
+            **{"length": shape.length, "text": shape.text_tokens, "note_length": len(note), "frames": shape.frames},
+            **{"rows": shape.rows, "cols": shape.cols, "seconds": shape.seconds, "fps": shape.fps},
+            **{"frame_marks": shape.placeholders[0], "fps_marks": shape.placeholders[1], "flags": id is not None},
+            "tokens_crc": zlib.crc32(tokens),
+        }.items():
+            record[name] = value
+        record["crc"] = zlib.crc32(record.tobytes()[:CHECKED])
+        self._tokens.write(tokens)
+        self._notes.write(note)
+        self._pending.append(record.tobytes())
+        self._end += shape.length
+        self._note_end += len(note)
+        if key:
+            self._new_keys.add(key)
+        if len(self._pending) >= self.batch:
+            self.flush()
         return sample
 
+    def has(self, key: int) -> bool:
+        """Whether the folder holds a sample of this key."""
+        at = np.searchsorted(self._keys, np.uint64(key))
+        return key in self._new_keys or bool(at < len(self._keys) and self._keys[at] == key)
+
+    def flush(self) -> None:
+        """Brings every sample to the disk: tokens and notes first, then their records."""
+        if not self._pending:
+            return
+        for file in (self._tokens, self._notes):
+            sync(file)
+        self._index.write(b"".join(self._pending))
+        sync(self._index)
+        self._pending.clear()
+
     def close(self) -> None:
+        self.flush()
+        for file in (self._tokens, self._notes, self._index):
+            file.close()
+
+    def _next_shard(self) -> None:
+        self.flush()
         self._tokens.close()
-        self._index.close()
+        self._shard, self._end = self._shard + 1, 0
+        self._tokens = open_at(self.folder / shard_name(self._shard), 0)
 
     def __enter__(self) -> SampleWriter:
         return self
@@ -67,110 +176,102 @@ class SampleWriter:
 
 
 class SampleFolder(Dataset[Sample]):
-    """The samples of a folder written by SampleWriter, read through a memory map; a torn tail is left out.
+    """The samples of a folder written by SampleWriter, read through memory maps; a torn tail is left out.
 
-    Every sample is checked when it is read. Raises FileNotFoundError for a missing file, ValueError naming the file
-    and the line or sample for a broken one, IndexError outside the folder.
+    notes: whether samples come with caption and source, which lie in a file that nothing else reads.
+
+    The checksums of a sample and of its record are compared when it is read; the documents themselves were checked when
+    they were written. Samples that a writer adds later are not seen. Cheap to send to data workers: the maps stay here.
+    Raises FileNotFoundError for a missing file, ValueError naming file and sample for a broken one, IndexError outside.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.entries, _ = _read_index(self.folder)
-        self._map: np.memmap | None = None
+    def __init__(self, folder: str | Path, notes: bool = True) -> None:
+        self.folder, self.notes = Path(folder), notes
+        self._records, torn = open_index(self.folder)
+        self._count = len(self._records)
+        self._maps: dict[str, np.ndarray] = {}
+        if torn:
+            warnings.warn(f"{self.folder / INDEX} is torn: {torn}", stacklevel=2)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return self._count
 
     def __getitem__(self, at: int) -> Sample:
-        entry = self.entries[at]
-        if self._map is None:
-            # Up to the last finished sample: a torn tail need not end on a token.
-            self._map = np.memmap(
-                self.folder / _TOKENS, "<u4", "r", shape=self.entries[-1].offset + self.entries[-1].length
-            )
-        ids = torch.from_numpy(self._map[entry.offset : entry.offset + entry.length].astype(np.int64))
-        where = f"{self.folder / _TOKENS}, sample {at % len(self)}"
-        try:
-            sample = Sample.from_ids(ids, caption=entry.caption, source=entry.source)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        for name in _DESCRIPTION:
-            if getattr(sample, name) != getattr(entry, name):
-                says = f"{getattr(sample, name)!r}, {_INDEX} {getattr(entry, name)!r}"
-                raise ValueError(f"{where}: {name} is {says}")
-        return sample
+        record = self._record(at)
+        file = shard_name(record["shard"])
+        tokens = self._bytes(file, 4 * record["offset"], 4 * record["length"], at)
+        if zlib.crc32(tokens) != record["tokens_crc"]:
+            raise ValueError(f"{self.folder / file}, sample {at % len(self)}: the tokens are not those once written")
+        note = self.note(at) if self.notes else Note("", "")
+        return Sample(
+            torch.from_numpy(tokens.view("<u4").astype(np.int64)),
+            *(record[name] for name in ("seconds", "fps", "frames", "rows", "cols", "text")),
+            caption=note.caption,
+            source=note.source,
+            id=record["id"] if record["flags"] & 1 else None,
+        )
 
     def describe(self, at: int) -> Shape:
-        """The shape of sample `at`."""
-        return Shape.of(self[at].ids)
+        """The shape of sample `at`, from its record alone."""
+        record = self._record(at)
+        marks = (record["frame_marks"], record["fps_marks"])
+        return Shape(*(record[n] for n in ("text", "seconds", "fps", "frames", "rows", "cols", "length")), marks)
+
+    def note(self, at: int) -> Note:
+        """Caption and source of sample `at`."""
+        record = self._record(at)
+        line = self._bytes(NOTES, record["note"], record["note_length"], at).tobytes()
+        try:
+            known = json.loads(line)
+            return Note(known["caption"], known["source"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / NOTES}, sample {at % len(self)}: {error!r}") from error
+
+    def _record(self, at: int) -> dict[str, int]:
+        if not -len(self) <= at < len(self):
+            raise IndexError(f"sample {at} of {len(self)} in {self.folder}")
+        if self._records is None:
+            self._records = map_index(self.folder)[: self._count]
+        row = self._records[at]
+        record = dict(zip(RECORD.names, row.item(), strict=True))
+        video = 3 + record["frames"] * frame_length(record["rows"], record["cols"])
+        if not intact(row) or record["text"] + video > record["length"]:
+            raise ValueError(f"{self.folder / INDEX}, sample {at % len(self)}: the record is damaged")
+        return record
+
+    def _bytes(self, name: str, start: int, count: int, at: int) -> np.ndarray:
+        if name not in self._maps:
+            self._maps[name] = map_bytes(self.folder / name)
+        found = self._maps[name][start : start + count]
+        if len(found) != count:
+            raise ValueError(f"{self.folder / name}, sample {at % len(self)}: the file ends before the sample does")
+        return found
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[at] for at in range(len(self)))
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_map": None}  # a pickled map would carry the whole file to every data worker
+        return self.__dict__ | {"_maps": {}, "_records": None}
 
 
-_TOKENS, _INDEX = "tokens.bin", "index.jsonl"
-_DESCRIPTION = ("seconds", "fps", "frames", "rows", "cols", "caption", "source")
+def sample_key(*parts: object) -> int:
+    """A number that stands for what a sample was made of, 1..2^64 - 1: two different things practically never share
+    one."""
+    text = json.dumps([str(part) for part in parts]).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A line of index.jsonl; offset and length in tokens."""
-
-    offset: int
-    length: int
-    seconds: int
-    fps: int
-    frames: int
-    rows: int
-    cols: int
-    caption: str
-    source: str
-
-    @classmethod
-    def parse(cls, line: bytes, offset: int) -> _Entry:
-        known = json.loads(line)
-        kinds = dict.fromkeys(cls.__dataclass_fields__, int) | {"caption": str, "source": str}
-        if not isinstance(known, dict) or set(known) != set(kinds):
-            raise ValueError(f"expected an object with the keys {', '.join(kinds)}")
-        for name, kind in kinds.items():
-            if type(known[name]) is not kind or (kind is int and known[name] < (name != "offset")):
-                raise ValueError(f"{name} is {known[name]!r}")
-        if known["offset"] != offset:
-            raise ValueError(f"offset is {known['offset']}, but the sample before ends at {offset}")
-        return cls(**known)
-
-
-def _read_index(folder: Path) -> tuple[list[_Entry], int]:
-    """The finished samples, and the bytes of index.jsonl that describe them."""
-    for name in (_TOKENS, _INDEX):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: not a folder of samples")
-    tokens = (folder / _TOKENS).stat().st_size // 4
-    lines = (folder / _INDEX).read_bytes().splitlines(keepends=True)
-    entries: list[_Entry] = []
-    finished = end = 0
-    for place, line in enumerate(lines):
-        last = place == len(lines) - 1
-        if last and not line.endswith(b"\n"):
-            break
-        try:
-            entry = _Entry.parse(line, end)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{folder / _INDEX}, line {place + 1}: {error}") from error
-        if entry.offset + entry.length > tokens:
-            if not last:
-                raise ValueError(f"{folder / _TOKENS} ends at token {tokens}, inside sample {place} of {len(lines)}")
-            warnings.warn(f"{folder / _TOKENS} is torn: the last sample, {place}, is left out", stacklevel=3)
-            break
-        entries.append(entry)
-        end, finished = entry.offset + entry.length, finished + len(line)
-    return entries, finished
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def _flush(file: io.BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _check_labels(sample: Sample, labels: Tensor | None) -> None:
+    if labels is None:
+        return
+    if labels.shape != sample.ids.shape:
+        raise ValueError(f"labels must be one a token: {list(labels.shape)} for {list(sample.ids.shape)}")
+    expected = sample.ids.clone()
+    expected[: sample.text_tokens] = IGNORED
+    wrong = (labels != expected).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            f"labels[{at}] is {int(labels[at])}, but a folder of samples only knows labels that are {IGNORED} before "
+            f"the video start, token {sample.text_tokens}, and the ids from there on"
+        )

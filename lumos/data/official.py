@@ -98,7 +98,7 @@ class OfficialFiles(Dataset[Sample]):
         sample = read_official_sample(self.files[at])
         if self.lengths is not None and len(sample.ids) != self.lengths[at]:
             raise ValueError(f"{self.files[at]} holds {len(sample.ids)} tokens, {self.listing} says {self.lengths[at]}")
-        self._remember(at, Shape.of(sample.ids))
+        self._remember(at, sample.shape)
         return sample
 
     def describe(self, at: int) -> Shape:

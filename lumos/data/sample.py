@@ -37,11 +37,7 @@ class Shape:
     @classmethod
     def of(cls, ids: Tensor) -> Shape:
         """Reads it off a document, integer [L]. ValueError says what is malformed."""
-        spans = Spans.of(ids)
-        text = ids[: spans.begin]
-        marks = tuple(int((text == placeholder).sum()) for placeholder in PLACEHOLDERS[1:])
-        sizes = (len(spans.frames), spans.rows, spans.cols, len(ids))
-        return cls(spans.begin, spans.seconds, spans.fps, *sizes, marks)
+        return Sample.from_ids(ids).shape
 
     def with_frames(self, frames: int, seconds: int, fps: int) -> Shape:
         """The shape after the video was cut to so many latent frames."""
@@ -60,6 +56,7 @@ class Sample:
 
     ids: int64 [L].
     seconds, fps: as written in the document; frames: latent frames of rows x cols codes.
+    text_tokens: tokens before the video start.
     labels: int64 [L], ids or -100, of official samples; None elsewhere (lumos/masking.py makes the targets).
     caption, source: where known; id: of official samples.
     """
@@ -70,6 +67,7 @@ class Sample:
     frames: int
     rows: int
     cols: int
+    text_tokens: int
     caption: str = ""
     source: str = ""
     labels: Tensor | None = None
@@ -79,17 +77,32 @@ class Sample:
     def from_ids(cls, ids: Tensor, **known: object) -> Sample:
         """Checks a document, integer [L], and reads its numbers. ValueError says what is malformed."""
         spans = Spans.of(ids)
-        return cls(ids.long(), spans.seconds, spans.fps, len(spans.frames), spans.rows, spans.cols, **known)
+        numbers = (spans.seconds, spans.fps, len(spans.frames), spans.rows, spans.cols, spans.begin)
+        return cls(ids.long(), *numbers, **known)
+
+    @property
+    def shape(self) -> Shape:
+        text = self.ids[: self.text_tokens]
+        marks = tuple(int((text == placeholder).sum()) for placeholder in PLACEHOLDERS[1:])
+        numbers = (self.seconds, self.fps, self.frames, self.rows, self.cols, len(self.ids))
+        return Shape(self.text_tokens, *numbers, marks)
+
+    @property
+    def spans(self) -> Spans:
+        """Where the parts lie, without looking for them again."""
+        length, first = frame_length(self.rows, self.cols), self.text_tokens + 3
+        frames = [(first + j * length, first + (j + 1) * length) for j in range(self.frames)]
+        return Spans(self.text_tokens, frames[-1][1], self.seconds, self.fps, self.rows, self.cols, frames)
 
     def cut(self, fps: int, seconds: int, numbers: Mapping[int, Sequence[int]] | None = None, start: int = 0) -> Sample:
         """cut_video on ids and labels alike, from latent frame `start` on."""
-        ids, labels = cut_with_labels(self.ids, self.labels, fps, seconds, numbers, start)
+        ids, labels = cut_with_labels(self.ids, self.labels, self.spans, fps, seconds, numbers, start)
         return Sample.from_ids(ids, caption=self.caption, source=self.source, labels=labels, id=self.id)
 
     def without_text(self) -> Sample:
         """drop_text on ids and labels alike."""
         ids = drop_text(self.ids)
-        return replace(self, ids=ids, labels=None if self.labels is None else self.labels[-len(ids) :])
+        return replace(self, ids=ids, labels=None if self.labels is None else self.labels[-len(ids) :], text_tokens=0)
 
 
 @dataclass(frozen=True)

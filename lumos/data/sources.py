@@ -35,12 +35,13 @@ class Samples(Protocol):
 def open_samples(path: str | Path) -> Samples:
     """The samples behind a path.
 
-    A folder written by SampleWriter; an official index (.json or .jsonl), META list (.yaml or .yml) or sample (.pkl).
+    A folder written by SampleWriter, its notes left unread; an official index (.json or .jsonl), META list (.yaml or
+    .yml) or sample (.pkl).
     Raises FileNotFoundError and ValueError naming the file.
     """
     path = Path(path)
     if path.is_dir():
-        return SampleFolder(path)
+        return SampleFolder(path, notes=False)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected a folder of samples or a file of the official form")
     kind = {".json": OfficialDataset, ".jsonl": OfficialDataset, ".yaml": OfficialMeta, ".yml": OfficialMeta}
@@ -98,8 +99,9 @@ class DataSource:
         try:
             cut, start = self._cut(sample.frames, sample.seconds, sample.fps, random)
             if cut is None:
-                return replace_placeholders(sample.ids, None, sample.seconds, sample.fps, self._numbers())[0]
-            return cut_with_labels(sample.ids, None, cut.fps, cut.seconds, self._numbers(), start)[0]
+                ids, begin = sample.ids, sample.text_tokens
+                return replace_placeholders(ids, None, begin, sample.seconds, sample.fps, self._numbers())[0]
+            return cut_with_labels(sample.ids, None, sample.spans, cut.fps, cut.seconds, self._numbers(), start)[0]
         except ValueError as error:
             raise ValueError(f"{sample.source or self.path}: {error}") from error
 
