@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lumos.model import Lumos, LumosOutput
 from lumos.parallel import Parallel
 from lumos.train.batches import MicroBatch
+from lumos.train.nonfinite import StepGuard
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,14 @@ class StepStats:
     """What one optimizer step measured over all ranks, on the device: reading a tensor waits for it.
 
     loss: mean over the step's target slots; frame_losses: [F], nan for a frame without targets; grad_norm: before
-    clipping; targets: fp64, the number of target slots.
+    clipping; targets: fp64, the number of target slots; skipped: bool, whether a guard kept the step off the weights.
     """
 
     loss: Tensor
     frame_losses: Tensor
     grad_norm: Tensor
     targets: Tensor
+    skipped: Tensor
 
 
 def training_step(
@@ -37,6 +39,7 @@ def training_step(
     dtype: torch.dtype = torch.float32,
     parallel: Parallel | None = None,
     loss: Mapping[str, float | None] | None = None,
+    guard: StepGuard | None = None,
 ) -> StepStats:
     """One optimizer step over micro-batches, without a host sync.
 
@@ -45,6 +48,7 @@ def training_step(
     dtype: bfloat16 computes in it; the weights that are optimised keep their dtype.
     parallel: of a model that parallel.apply has sharded; None for a run of one process.
     loss: options of Lumos.forward, z_loss_weight, focal_gamma and decay_start (TrainConfig.loss_options).
+    guard: keeps steps that are not finite off the weights; the optimizer must be fused (make_optimizer).
     """
     device = next(model.parameters()).device
     parallel = parallel or Parallel(device)
@@ -72,12 +76,16 @@ def training_step(
         losses = losses + share.detach()
         more_sums, more_counts = out.frame_sums(num_frames)
         sums, counts = sums + more_sums, counts + more_counts
-    grad_norm = clip_gradients(model, clip)
-    optimizer.step()
     frames = frames_of_all()
     sums, counts = (F.pad(x, (0, frames - num_frames)) for x in (sums, counts))
     mean, sums, counts = parallel.sum(torch.cat([losses.double()[None], sums, counts])).split([1, frames, frames])
-    return StepStats(mean[0].float(), (sums / counts).float(), grad_norm, targets)
+    grad_norm = clip_gradients(model, clip)
+    if guard is None:
+        optimizer.step()
+        skipped = torch.zeros((), dtype=torch.bool, device=device)
+    else:
+        skipped = guard.step(optimizer, mean[0], grad_norm)
+    return StepStats(mean[0].float(), (sums / counts).float(), grad_norm, targets, skipped)
 
 
 def clip_gradients(model: Lumos, clip: float) -> Tensor:
