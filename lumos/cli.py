@@ -8,11 +8,15 @@ from collections.abc import Sequence
 
 import lumos_kernels
 from lumos.cli_generate import add_generate, parse_size
-from lumos.cli_train import add_train
+from lumos.cli_train import add_export, add_train
+from lumos.train.signals import EXIT_STOPPED, StoppedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0, or 2 after printing what is wrong with the arguments or their files."""
+    """Runs one subcommand. Returns 0, or 2 after printing what is wrong with the arguments or their files.
+
+    75 (EX_TEMPFAIL) where SIGTERM or SIGINT stopped a training run: the same command goes on from its checkpoint.
+    """
     options = vars(_parser().parse_args(arguments))
     run = options.pop("run")
     try:
@@ -20,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"lumos: {error}", file=sys.stderr)
         return 2
+    except StoppedError as stopped:
+        print(f"lumos: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
     return 0
 
 
@@ -46,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", help="folder of a checkpoint with tokenizer.json (default: byte tokenizer)")
 
     add_train(commands)
+    add_export(commands)
     add_generate(commands)
 
     command = commands.add_parser("backends", help="list the kernels' implementations and what runs here")

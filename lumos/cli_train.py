@@ -1,4 +1,4 @@
-"""`lumos train`: a TrainConfig from a file and the command line, which wins, to a trained checkpoint."""
+"""`lumos train`: a TrainConfig from a file and the command line, which wins, to a checkpoint. `lumos export`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.options import add_options
-from lumos.train.config import TrainConfig
+from lumos.train.config import DTYPES, TrainConfig
 
 
 def add_train(commands: Any) -> None:
@@ -25,3 +25,18 @@ def _train(config: Path | None, **options: Any) -> None:
         f"{summary.steps} steps in {summary.seconds:.1f} s: loss {summary.first_loss:.3f} -> {summary.last_loss:.3f}\n"
         f"log: {summary.log}\ncheckpoint: {summary.checkpoint}"
     )
+
+
+def add_export(commands: Any) -> None:
+    """Adds the subcommand to argparse's subparsers."""
+    command = commands.add_parser("export", help="write the weights of a run's checkpoint in the official layout")
+    command.set_defaults(run=_export)
+    command.add_argument("checkpoint", help="a run's folder, for its newest, or a step-* folder of its state")
+    command.add_argument("--out", required=True, help="folder of the official layout, made or replaced")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default float32)")
+
+
+def _export(checkpoint: str, out: str, dtype: str) -> None:
+    from lumos.train.export import export
+
+    print(f"checkpoint: {export(checkpoint, out, dtype)}")

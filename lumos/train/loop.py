@@ -1,31 +1,51 @@
-"""A training run from a TrainConfig to a log and a checkpoint: build, resume, steps, export."""
+"""A training run from a TrainConfig to a log and a checkpoint: build, resume, steps, checkpoints, export."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 from tqdm import tqdm
 
 from lumos.config import LumosConfig
 from lumos.model import Lumos
-from lumos.options import write_options
+from lumos.parallel import Parallel
+from lumos.train import resume
 from lumos.train.batches import MicroBatch, PackedBatches, open_sources
 from lumos.train.config import TrainConfig, compute_dtype
-from lumos.train.log import log_line
+from lumos.train.export import full_weights, write_weights
+from lumos.train.log import log_line, read_log
 from lumos.train.schedule import make_schedule
+from lumos.train.signals import StoppedError, StopRequest
+from lumos.train.state import (
+    Checkpoints,
+    ModelState,
+    OptimizerState,
+    PlainState,
+    RandomState,
+    SaveError,
+    checkpoint_step,
+    load_checkpoint,
+    read_description,
+)
 from lumos.train.step import StepStats, make_optimizer, training_step
 
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """Where a run ended. seconds: wall time of the steps alone."""
+    """Where a run ended. seconds: wall time of the steps that this call made; losses: of the log's ends."""
 
     steps: int
     first_loss: float
@@ -36,85 +56,130 @@ class TrainSummary:
 
 
 def train(config: TrainConfig, progress: bool = True) -> TrainSummary:
-    """Trains a model on tokenised samples; writes out/log.jsonl (one line a step) and out/checkpoint (official layout).
+    """Trains a model on tokenised samples, or goes on with a run that was stopped or killed.
 
-    Raises ValueError or FileNotFoundError naming what is wrong with an option or a folder, and FloatingPointError where
-    the loss stops being finite. An earlier run in the same folder is refused unless config.overwrite is set.
+    Writes out/log.jsonl (one line a step), out/state (checkpoints of the whole state) and out/checkpoint (the weights
+    in the official layout). Under torchrun every process calls this.
+
+    Raises ValueError or FileNotFoundError naming what is wrong with an option or a folder (another run in `out` among
+    them, unless config.overwrite is set), FloatingPointError where the loss stops being finite, SaveError where a
+    checkpoint cannot be written, and StoppedError after SIGTERM or SIGINT, when the state has been written.
     """
     return Trainer(config, progress).run()
 
 
 class Trainer:
-    """One run: everything is built here, continued from where an earlier run stopped, and stepped to config.steps.
+    """One run: built here, continued from where an earlier one stopped, stepped to config.steps, exported.
 
     step: optimizer steps done. What a run is made of are attributes that may be looked at or replaced before run():
-    model, optimizer, schedule (its step() is called after each step), batches.
+    parallel, model, optimizer, schedule (its step() is called after each step), batches.
     after_step: called with the StepStats after each optimizer step, in order (an EMA of the weights, say).
+    parts: more that a continued run needs, by name (that EMA); checkpoints keep them with state()'s own.
     """
 
     def __init__(self, config: TrainConfig, progress: bool = True) -> None:
         if not config.data:
             raise ValueError("data is empty: name at least one folder made by `lumos tokenize`")
-        self.config, self.progress, self.step = config, progress, 0
+        self.config, self.step = config, 0
         self.out = Path(config.out)
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        )
+        self.parallel = Parallel.start(config.device, config.replicate, config.context)
+        self.device = self.parallel.device
+        self.progress = progress and self.parallel.is_main
         self.dtype = compute_dtype(config.dtype, self.device)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # of the weights, the same on every process
         sources = open_sources(config.data)
-        self.model = _make_model(config).to(self.device).train()
-        self.batches = PackedBatches(sources, config, self.model.config.classes)
+        self.model = self.parallel.apply(_make_model(config), self.dtype).train()
+        self.batches = PackedBatches(
+            sources, config, self.model.config.classes, self.parallel.data_rank, self.parallel.data_size
+        )
         self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
         self.schedule = make_schedule(self.optimizer, config)
         self.after_step: list[Callable[[StepStats], None]] = []
+        self.parts: dict[str, Stateful] = {}
+        self._own_start: Path | None = None  # what this run continues, if it is a checkpoint in its own folder
+        self._seed_process()
 
     def state(self) -> dict[str, Stateful]:
         """What a later run needs in order to go on as this one would: an entry a part, under its own name."""
-        return {"schedule": self.schedule}
+        state = {
+            "model": ModelState(self.model),
+            "optimizer": OptimizerState(self.model, self.optimizer),
+            "schedule": PlainState(self.schedule),
+            "batches": PlainState(self.batches),
+            "random": RandomState(self.parallel.rank, self.device),
+        }
+        return {**state, **self.parts}
 
     def run(self) -> TrainSummary:
-        """Steps to config.steps, then writes the weights in the official layout."""
-        self._begin()
-        losses, begin = [], time.perf_counter()
-        with (
-            (self.out / "log.jsonl").open("w") as log,
-            tqdm(total=self.config.steps, disable=not self.progress, unit="step") as bar,
-        ):
+        """Continues or starts, steps to config.steps, and writes the weights in the official layout."""
+        self._resume(self._on_main(lambda: resume.choose_start(self.config)))
+        begin = time.perf_counter()
+        with self._open_log() as log, self._open_checkpoints(log) as checkpoints, StopRequest() as stop:
+            self._run_steps(log, checkpoints, stop)
+            self._save_now(checkpoints)
+        seconds = time.perf_counter() - begin
+        self.export()
+        self.parallel.barrier()
+        losses = [line["loss"] for line in read_log(self.out / resume.LOG)] or [math.nan]
+        return TrainSummary(self.step, losses[0], losses[-1], seconds, self.out / resume.LOG, self.out / resume.WEIGHTS)
+
+    def export(self) -> None:
+        """Writes the weights to out/checkpoint as config.export says."""
+        if self.config.export != "none":
+            weights = full_weights(self.model)
+            if self.parallel.is_main:
+                write_weights(self.model, self.out / resume.WEIGHTS, weights, self.config.export, init=self.config.init)
+
+    def _resume(self, start: Path | None) -> None:
+        if start is not None:
+            description = read_description(start)
+            differing = resume.check_continues(description, self.config, start)
+            if differing:
+                warnings.warn(f"{start} is of a run with other options: {'; '.join(differing)}", stacklevel=4)
+            state = self.state()
+            if description["world_size"] != self.parallel.world_size:
+                del state["random"]  # one for each process that wrote it
+            self.step = checkpoint_step(start)
+            self._own_start = start if start.parent.resolve() == (self.out / resume.STATE).resolve() else None
+            load_checkpoint(start, state)
+            if "random" not in state:
+                self._seed_process()
+        if self.parallel.is_main:
+            resume.write_run_options(self.config)
+
+    def _run_steps(self, log: TextIO, checkpoints: Checkpoints, stop: StopRequest) -> None:
+        with tqdm(total=self.config.steps, initial=self.step, disable=not self.progress, unit="step") as bar:
             while self.step < self.config.steps:
                 line = self._step()
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                losses.append(line["loss"])
                 bar.update()
                 bar.set_postfix_str(
                     f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s, {line['peak_memory_gb']:.2f} GB"
                 )
-                if not math.isfinite(losses[-1]):
+                if not math.isfinite(line["loss"]):
                     raise FloatingPointError(
-                        f"loss is {losses[-1]} at step {line['step']}: see {self.out / 'log.jsonl'}"
+                        f"loss is {line['loss']} at step {line['step']}: see {self.out / resume.LOG}"
                     )
-        seconds = time.perf_counter() - begin
-        self.model.save_pretrained(self.out / "checkpoint")
-        return TrainSummary(self.step, losses[0], losses[-1], seconds, self.out / "log.jsonl", self.out / "checkpoint")
+                if self.parallel.any(bool(stop.name) or checkpoints.failed):
+                    checkpoints.wait()  # raises on every process what failed on one
+                    self._stop(checkpoints)
+                if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
+                    self._save(checkpoints)
 
-    def _begin(self) -> None:
-        earlier = [name for name in ("log.jsonl", "checkpoint") if (self.out / name).exists()]
-        if earlier and not self.config.overwrite:
-            raise ValueError(
-                f"out: {self.out} holds the {' and '.join(earlier)} of an earlier run; choose another or overwrite"
-            )
-        self.out.mkdir(parents=True, exist_ok=True)
-        for name in ("train.json", "train.yaml"):
-            write_options(self.out / name, self.config.to_dict())
-
-    def _step(self) -> dict:
+    def _step(self) -> dict[str, Any]:
         """One optimizer step; returns its line of the log."""
         start = time.perf_counter()
         number, micro_batches = self.step, self._next_batches()
         lr = self.optimizer.param_groups[0]["lr"]
         stats = training_step(
-            self.model, self.optimizer, micro_batches, self.config.clip, self.dtype, loss=self.config.loss_options()
+            self.model,
+            self.optimizer,
+            micro_batches,
+            self.config.clip,
+            self.dtype,
+            self.parallel,
+            self.config.loss_options(),
         )
         self.schedule.step()
         for call in self.after_step:
@@ -124,7 +189,70 @@ class Trainer:
         return log_line(number, loss, stats, micro_batches, lr, time.perf_counter() - start, self.device)
 
     def _next_batches(self) -> list[MicroBatch]:
-        return [self.batches.load(stream) for stream in self.batches.next_plan()]
+        plan = self.batches.next_plan()
+        return [self.batches.load(stream) for stream in plan[self.parallel.data_rank :: self.parallel.data_size]]
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        description = {
+            "format": 1,
+            "world_size": self.parallel.world_size,
+            "config": self.config.to_dict(),
+            "model": self.model.config.to_dict(),
+            "torch": torch.__version__,
+        }
+        checkpoints.save(self.step, self.state(), description)
+
+    def _save_now(self, checkpoints: Checkpoints) -> Path | None:
+        """The complete checkpoint of this step; None where the run keeps none."""
+        if not self.config.checkpoint_every:
+            return None
+        checkpoints.wait()
+        if checkpoints.newest is None or checkpoint_step(checkpoints.newest) != self.step:
+            self._save(checkpoints)
+            checkpoints.wait()
+        return checkpoints.newest
+
+    def _stop(self, checkpoints: Checkpoints) -> None:
+        path = self._save_now(checkpoints)
+        then = f"the same command goes on from {path}" if path else "nothing was kept: checkpoint_every is 0"
+        raise StoppedError(f"stopped after {self.step} of {self.config.steps} steps; {then}", path)
+
+    @contextlib.contextmanager
+    def _open_log(self):
+        path = self.out / resume.LOG if self.parallel.is_main else os.devnull
+        with open(path, "a") as log:
+            yield log
+
+    @contextlib.contextmanager
+    def _open_checkpoints(self, log: TextIO):
+        checkpoints = Checkpoints(self.out / resume.STATE, self.config.keep_checkpoints, lambda: os.fsync(log.fileno()))
+        checkpoints.newest = self._own_start
+        try:
+            yield checkpoints
+        except BaseException:
+            with contextlib.suppress(SaveError):  # what ended the run is told, not what came of it
+                checkpoints.close()
+            raise
+        checkpoints.close()
+
+    def _seed_process(self) -> None:
+        """A random state of each process's own, for dropout, a function of the seed, the step and the process."""
+        sequence = np.random.SeedSequence([self.config.seed, self.step, self.parallel.rank])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def _on_main(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns on the main process, on all of them; and what it raises."""
+        result = [None, None]
+        if self.parallel.is_main:
+            try:
+                result[0] = call()
+            except (OSError, ValueError) as error:
+                result[1] = error
+        if self.parallel.mesh is not None:
+            dist.broadcast_object_list(result, src=0, group=self.parallel.host_group)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
 
 
 def _make_model(config: TrainConfig) -> Lumos:

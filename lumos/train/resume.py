@@ -1,0 +1,128 @@
+"""Where a run starts: anew, or where an earlier one in the same folder stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lumos.options import read_options, to_options, write_options
+from lumos.train.config import TrainConfig
+from lumos.train.state import (
+    ResumeError,
+    checkpoint_step,
+    complete_checkpoints,
+    find_checkpoint,
+    newest_checkpoint,
+    remove_checkpoint,
+)
+
+STATE = "state"
+OPTIONS = "train.json"
+LOG = "log.jsonl"
+WEIGHTS = "checkpoint"
+# Options that change where a run ends, what it writes or where it computes, but not what a step computes beyond
+# rounding: they may differ between a run and its continuation.
+_WRITING = ("out", "overwrite", "checkpoint_every", "keep_checkpoints", "resume", "export", "log_every", "tensorboard")
+_COMPUTING = ("device", "impl", "activation_checkpointing", "replicate", "context")
+FREE_OPTIONS = frozenset(("steps", *_WRITING, *_COMPUTING))
+
+
+def choose_start(config: TrainConfig) -> Path | None:
+    """The checkpoint that a run continues from, None for a new run; makes its folder ready for either.
+
+    resume="auto" continues the run in `out` if it is the same run: all options equal but FREE_OPTIONS. Without a
+    complete checkpoint it starts again. The log is cut back to the checkpoint; checkpoints of later steps, where resume
+    names an earlier one, are removed. A run that is replaced (overwrite) loses log, weights and checkpoints; a restart
+    by torchrun never replaces what it is the restart of.
+
+    Raises ValueError where `out` holds another run, naming the options that differ, or where it may not be continued,
+    and FileNotFoundError where resume names no checkpoint. One process of a run calls this.
+    """
+    out = Path(config.out)
+    earlier = [name for name in (LOG, WEIGHTS, STATE) if (out / name).exists()]
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    start = None
+    if config.resume not in ("auto", "never"):
+        start = find_checkpoint(config.resume)
+        if earlier and not config.overwrite and start.parent.resolve() != (out / STATE).resolve():
+            raise ValueError(_refusal(out, earlier, f"and {start} is none of its checkpoints"))
+    elif earlier and (restarted or not config.overwrite):
+        if config.resume == "never" and not restarted:
+            raise ValueError(_refusal(out, earlier, "and resume is never"))
+        _check_same_run(config, out, earlier)
+        start = newest_checkpoint(out / STATE)
+    if start is not None and checkpoint_step(start) > config.steps:
+        raise ValueError(f"steps {config.steps} lies before the {checkpoint_step(start)} steps of {start}")
+    _make_ready(out, start)
+    return start
+
+
+def write_run_options(config: TrainConfig) -> None:
+    """Writes the options into the run's folder, for readers and for choose_start; whole or not at all."""
+    for name in (OPTIONS, "train.yaml"):
+        beside = Path(config.out) / f".{name}"
+        write_options(beside, config.to_dict())
+        os.replace(beside, Path(config.out) / name)
+
+
+def differing_options(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """What keeps `config` from being the run that `saved` (TrainConfig.to_dict) tells of, one text an option."""
+    now, texts = config.to_dict(), []
+    for field in fields(config):
+        was = saved.get(field.name, to_options(field.default))  # an option that is newer than the run
+        if field.name not in FREE_OPTIONS and was != now[field.name]:
+            texts.append(f"{field.name} was {was!r} and is now {now[field.name]!r}")
+    return texts
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Removes the lines of step `step` and later, and a line that was not finished."""
+    if not path.is_file():
+        return
+    end = 0
+    with path.open("rb+") as log:
+        for line in log:
+            if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                break
+            end += len(line)
+        log.truncate(end)
+        log.flush()
+        os.fsync(log.fileno())
+
+
+def _check_same_run(config: TrainConfig, out: Path, earlier: list[str]) -> None:
+    if not (out / OPTIONS).is_file():
+        raise ValueError(_refusal(out, earlier, f"but no {OPTIONS} that tells its options"))
+    differing = differing_options(read_options(out / OPTIONS), config)
+    if differing:
+        raise ValueError(_refusal(out, earlier, f"with other options: {'; '.join(differing)}"))
+
+
+def _refusal(out: Path, earlier: list[str], why: str) -> str:
+    return f"out: {out} holds the {' and '.join(earlier)} of an earlier run, {why}; choose another folder or overwrite"
+
+
+def _make_ready(out: Path, start: Path | None) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for path in out.glob(f".{WEIGHTS}.new-*"):  # of a run that was killed while it wrote its weights
+        shutil.rmtree(path)
+    step = 0 if start is None else checkpoint_step(start)
+    cut_log(out / LOG, step)
+    if start is None or start.parent.resolve() != (out / STATE).resolve():
+        shutil.rmtree(out / STATE, ignore_errors=True)
+        shutil.rmtree(out / WEIGHTS, ignore_errors=True)
+    for path in complete_checkpoints(out / STATE):
+        if checkpoint_step(path) > step:
+            remove_checkpoint(path)
+
+
+def check_continues(description: Mapping[str, Any], config: TrainConfig, path: Path) -> list[str]:
+    """The options that a checkpoint's run had otherwise. ResumeError where run.json is not of this format."""
+    if description.get("format") != 1 or not isinstance(description.get("config"), dict):
+        raise ResumeError(f"{path} is of another format: {description.get('format')!r}, this version reads 1")
+    return differing_options(description["config"], config)
