@@ -162,15 +162,23 @@ def test_epochs_sources_and_seeds_have_orders_of_their_own():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 16), st.integers(10, 40))
-def test_no_document_waits_for_more_than_look_ahead_streams(look_ahead, budget):
+def test_no_document_waits_for_more_streams_than_documents_wait_before_it(look_ahead, budget):
     """A long document between many short ones is the one that a packer without ages would leave."""
     packed = packer((50,), lengths=[1, 2, 3, budget - 1], look_ahead=look_ahead, budget=budget)
-    joined = {}
+    latest = {}
     for number in range(200):
-        stream = packed.next()
-        for place in itertools.chain(stream.places, (draw.place for draw, _ in packed._pool)):
-            joined.setdefault(place, number)
-        assert all(number - joined[place] < look_ahead for place in stream.places)
+        waiting = [draw for draw, _ in packed._pool]
+        assert len(waiting) <= look_ahead or sum(draw.length for draw in waiting) < 3 * budget
+        for before, draw in enumerate(waiting):
+            latest.setdefault(draw.place, number + before)
+        assert all(latest.get(place, number) >= number for place in packed.next().places)
+
+
+@pytest.mark.parametrize("budget", [500, 5000])
+def test_long_streams_are_filled_however_few_documents_look_ahead(budget):
+    packed = packer((50,), look_ahead=1, budget=budget)
+    take(packed, 20)
+    assert packed.waste == 0
 
 
 @settings(max_examples=40, deadline=None)

@@ -130,9 +130,9 @@ class Packer:
     sizes, weights: samples and share of the documents, one a source. Every epoch of a source visits each of its
         samples once, in an order of its own.
     seed: of the orders. measure(place, source, sample): tokens of the document at a place.
-    budget: tokens that a stream may hold. It is filled by best_fit from the next `look_ahead` documents, of which the
-        oldest is always taken: no document waits for more than look_ahead streams. 0: a stream is the next
-        `documents` documents, whatever their length.
+    budget: tokens that a stream may hold. It is filled by best_fit from the next `look_ahead` documents, or as many as
+        are two budgets long. The oldest of them is always taken, so none waits for more streams than documents wait
+        before it. 0: a stream is the next `documents` documents, whatever their length.
     drop: leave out documents longer than the budget with a warning (for the 1st, 2nd, 4th, 8th, ... of a source) and
         count them in `dropped`, one number a source; otherwise they raise ValueError, as does a source of which no
         sample fits. named: says which sample of a source is meant.
@@ -146,7 +146,7 @@ class Packer:
         measure: Callable[[int, int, int], int],
         *,
         budget: int = 0,
-        look_ahead: int = 256,
+        look_ahead: int = 64,
         documents: int = 1,
         drop: bool = False,
         named: Callable[[int, int], str] = "source {}, sample {}".format,
@@ -167,8 +167,9 @@ class Packer:
     def next(self) -> Bin:
         """The next stream. Raises ValueError naming a document that is longer than the budget, unless they drop."""
         wanted = self._look_ahead if self.budget else self._documents
-        while len(self._pool) < wanted:
-            self._draw()
+        waiting = sum(draw.length for draw, _ in self._pool)
+        while len(self._pool) < wanted or waiting < 2 * self.budget:
+            waiting += self._draw()
         chosen = range(wanted)
         if self.budget:
             chosen = best_fit([draw.length for draw, _ in self._pool], self.budget)
@@ -201,13 +202,13 @@ class Packer:
         for place, source, number in state["pool"]:
             self._join(place, source, number)
 
-    def _draw(self) -> None:
-        """Moves the next document into the pool, or drops it."""
+    def _draw(self) -> int:
+        """Moves the next document into the pool, or drops it; returns the tokens that joined."""
         place = sum(self._turns.counts)
-        self._join(place, *self._turns.next())
+        return self._join(place, *self._turns.next())
 
-    def _join(self, place: int, source: int, number: int) -> None:
-        """Lets document `number` of its source wait for a stream, or drops it."""
+    def _join(self, place: int, source: int, number: int) -> int:
+        """Lets document `number` of its source wait for a stream, or drops it; returns the tokens that joined."""
         size = self.sizes[source]
         epoch, index = divmod(number, size)
         sample = shuffled(index, size, mix(self.seed, _ORDER, source, epoch))
@@ -215,7 +216,7 @@ class Packer:
         if not self.budget or draw.length <= self.budget:
             self._dropped_in_a_row[source] = 0
             self._pool.append((draw, number))
-            return
+            return draw.length
         self.dropped[source] += 1
         self._dropped_in_a_row[source] += 1
         what = f"{self._named(source, sample)} has {draw.length} tokens"
@@ -231,6 +232,7 @@ class Packer:
                 f"of its source so far",
                 stacklevel=4,
             )
+        return 0
 
 
 _ORDER = 0

@@ -49,7 +49,7 @@ class TrainConfig:
     token_budget: int = option(0, "tokens of a stream, filled with whole documents of any size; 0: `documents` each")
     documents: int = option(1, "documents of a stream, where there is no token_budget")
     micro_batches: int = option(1, "streams of a step, over all processes; the mean runs over all their target slots")
-    look_ahead: int = option(256, "documents that wait to be packed: more waste less and leave the drawn order further")
+    look_ahead: int = option(64, "documents that wait to be packed: more waste less and leave the drawn order further")
     pad_to_budget: bool = option(False, "pad every stream to token_budget: steps of one shape")
     too_long: str = option("error", "documents above token_budget: error, or drop, which counts and names them")
     text_drop: float = option(0.1, "probability of dropping a document's text, for classifier-free guidance")
