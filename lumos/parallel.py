@@ -147,8 +147,9 @@ class Parallel:
         if self.mesh is None:
             return model.to(self.device)
         policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=self.mesh, mp_policy=policy)
+        last = model.model.layers[-1]
+        for layer in model.model.layers:  # the last one's backward follows its forward: it stays gathered
+            fully_shard(layer, mesh=self.mesh, mp_policy=policy, reshard_after_forward=layer is not last)
         # What is left, embedding, final norm and lm_head, is gathered while Lumos.forward and its backward run: the
         # loss reads lm_head.weight there as a plain tensor.
         fully_shard(model, mesh=self.mesh, mp_policy=policy)

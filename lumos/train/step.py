@@ -71,7 +71,7 @@ def training_step(
                 context=parallel.context,
                 **(loss or {}),
             )
-        share = out.loss * (batch.num_targets / targets.clamp_min(1)).float()
+        share = out.loss * (batch.num_targets / targets.clamp_min(1)).to(out.loss.dtype)
         share.backward()
         losses = losses + share.detach()
         more_sums, more_counts = out.frame_sums(num_frames)
@@ -85,7 +85,7 @@ def training_step(
         skipped = torch.zeros((), dtype=torch.bool, device=device)
     else:
         skipped = guard.step(optimizer, mean[0], grad_norm)
-    return StepStats(mean[0].float(), (sums / counts).float(), grad_norm, targets, skipped)
+    return StepStats(mean[0].to(losses.dtype), (sums / counts).float(), grad_norm, targets, skipped)
 
 
 def clip_gradients(model: Lumos, clip: float) -> Tensor:
