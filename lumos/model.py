@@ -145,6 +145,7 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(config.model_parallel_size, self.head_dim)
 
     def forward(self, x_TC: Tensor, stream: Stream) -> Tensor:
+        x_TC = cast_once(x_TC)
         q_THD = self.q_proj(x_TC).unflatten(-1, (-1, self.head_dim))
         k_TKD = self.k_proj(x_TC).unflatten(-1, (-1, self.head_dim))
         v_TKD = self.v_proj(x_TC).unflatten(-1, (-1, self.head_dim))
@@ -183,6 +184,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TC: Tensor) -> Tensor:
+        x_TC = cast_once(x_TC)
         return self.down_proj(F.silu(self.gate_proj(x_TC)) * self.up_proj(x_TC))
 
 
@@ -368,8 +370,7 @@ class Lumos(nn.Module):
             raise ValueError(
                 f"focal_gamma must be 0 or >= 1 (its gradient at p = 1 is infinite below), got {focal_gamma}"
             )
-        if torch.is_autocast_enabled(hidden_TC.device.type):  # the fp32 norm weight has promoted them
-            hidden_TC = hidden_TC.to(torch.get_autocast_dtype(hidden_TC.device.type))
+        hidden_TC = cast_once(hidden_TC)
         lo, hi = self.config.classes
         output.targets = (labels_T >= lo) & (labels_T < hi)
         loss, stats = tube_masked_loss(
@@ -414,6 +415,12 @@ class Lumos(nn.Module):
         if longest > limit:
             raise ValueError(f"a document has {longest} tokens, more than max_position_embeddings {limit}")
         return layout
+
+
+def cast_once(x: Tensor) -> Tensor:
+    """x in autocast's dtype: fp32 weights of norms promote, and each matmul would cast and keep a copy of its own."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def own_layout(layout: FrameLayout, context: ContextExchange) -> FrameLayout:

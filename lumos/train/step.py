@@ -72,10 +72,11 @@ def training_step(
                 **(loss or {}),
             )
         share = out.loss * (batch.num_targets / targets.clamp_min(1)).to(out.loss.dtype)
-        share.backward()
         losses = losses + share.detach()
         more_sums, more_counts = out.frame_sums(num_frames)
         sums, counts = sums + more_sums, counts + more_counts
+        del out  # the hidden states, which backward does not need
+        share.backward()
     frames = frames_of_all()
     sums, counts = (F.pad(x, (0, frames - num_frames)) for x in (sums, counts))
     mean, sums, counts = parallel.sum(torch.cat([losses.double()[None], sums, counts])).split([1, frames, frames])
