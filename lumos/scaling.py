@@ -117,7 +117,9 @@ class Step:
 
     @property
     def _residual_size(self) -> int:
-        """Bytes of an element between the layers: one process computes by autocast, which leaves it in fp32."""
+        """Bytes of an element of the weights and between the layers: autocast, by which one process computes, leaves
+        them in fp32.
+        """
         return FP32 if self.processes == 1 else self.element_size
 
     def own_tokens(self, layout: FrameLayout) -> int:
@@ -131,7 +133,7 @@ class Step:
         layer, rest = self._group_elements(own=False)
         sharded, e = self.shards > 1, self.element_size
         tokens = max(map(self.own_tokens, self.layouts))
-        classes, hidden = self.config.num_classes, self.config.hidden_size
+        classes, hidden, vocabulary = self.config.num_classes, self.config.hidden_size, self.config.vocab_size
         unreduced = e * (layer + rest) + FP32 * rest if sharded else 0
         if sharded and len(self.layouts) > 1:  # summed up over micro-batches on the rank
             unreduced += FP32 * self._elements(own=False)
@@ -142,7 +144,9 @@ class Step:
             gathered=e * (2 * layer + rest) if sharded else (e < FP32) * e * self.config.num_hidden_layers * layer,
             unreduced=unreduced,
             activations=self.activation_bytes(tokens) + self._recomputed_bytes(tokens),
-            loss=self.loss_bytes(tokens) + e * (classes + hidden) * min(tokens, LOGIT_ROWS),
+            loss=self.loss_bytes(tokens)
+            + e * (classes + hidden) * min(tokens, LOGIT_ROWS)
+            - self._residual_size * vocabulary * hidden,  # counted above, as a gradient
         )
 
     def activation_bytes(self, tokens: int) -> int:
@@ -152,8 +156,11 @@ class Step:
         return self.config.num_hidden_layers * layer + final_norm
 
     def loss_bytes(self, tokens: int) -> int:
-        """What the loss keeps: its gradients of hidden states and of the class slice, made in the forward pass."""
-        return self.config.hidden_size * (tokens * self.element_size + FP32 * self.config.num_classes)
+        """What the loss keeps: the hidden states, and the gradients of them and of lm_head, made in the forward pass.
+        The latter holds the class slice in fp32 until it is whole and in the dtype of the weights.
+        """
+        lm_head = max(self._residual_size * self.config.vocab_size, FP32 * self.config.num_classes)
+        return self.config.hidden_size * (2 * tokens * self.element_size + lm_head)
 
     def _layer_bytes(self, recomputation: str) -> int:
         """Of one token. In the order of the computation, unless all of it comes from the layer's input."""

@@ -75,7 +75,7 @@ def training_step(
         losses = losses + share.detach()
         more_sums, more_counts = out.frame_sums(num_frames)
         sums, counts = sums + more_sums, counts + more_counts
-        del out  # the hidden states, which backward does not need
+        del out  # and its hidden states: the loss keeps what backward reads of them
         share.backward()
     frames = frames_of_all()
     sums, counts = (F.pad(x, (0, frames - num_frames)) for x in (sums, counts))
