@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIZE_UNIT = 32  # a frame header counts rows and columns in units of 4 codes of 8 pixels
+
+Size = tuple[int, int] | Callable[[int, int], tuple[int, int]] | None
 
 _SEEK_FROM = 2.0  # seconds; below that decoding from the beginning is as fast as seeking
 
@@ -31,7 +33,7 @@ def read_video(
     fps: float,
     seconds: float | None = None,
     start: float = 0.0,
-    size: tuple[int, int] | None = None,
+    size: Size = None,
     max_pixels: int | None = None,
 ) -> Tensor:
     """Reads a clip at a constant frame rate: uint8 [F, H, W, 3] RGB on the CPU.
@@ -44,7 +46,8 @@ def read_video(
     seconds: length; F = round(seconds * fps). None reads to the end of the file.
     start: seconds after the first picture.
     size: (H, W), multiples of 32; the source is scaled to cover it and cropped at the centre. None keeps the source
-        size, scaled down to at most max_pixels = H * W where that is given, and cropped to multiples of 32.
+        size, scaled down to at most max_pixels = H * W where that is given, and cropped to multiples of 32. A function
+        gets the source's height and width and returns (H, W).
     Raises FileNotFoundError for a missing file, ValueError naming the argument otherwise: no video stream, broken
     data, a size that is not a multiple of 32; ClipTooShortError, a ValueError, saying how much is there.
     """
@@ -75,7 +78,7 @@ def read_video(
     return torch.stack(pictures)
 
 
-def read_image(path: str | Path, size: tuple[int, int] | None = None, max_pixels: int | None = None) -> Tensor:
+def read_image(path: str | Path, size: Size = None, max_pixels: int | None = None) -> Tensor:
     """Reads a still picture: uint8 [H, W, 3] RGB. size, max_pixels and errors as in read_video."""
     _check_size(size)
     for _, _, frame in _timed_frames(Path(path), 0.0):
@@ -143,8 +146,10 @@ def _rate(name: str, fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def _check_size(size: tuple[int, int] | None) -> None:
-    if size is not None and (len(size) != 2 or any(side <= 0 or side % SIZE_UNIT for side in size)):
+def _check_size(size: Size) -> None:
+    if size is None or callable(size):
+        return
+    if len(size) != 2 or any(side <= 0 or side % SIZE_UNIT for side in size):
         raise ValueError(f"size must be (height, width), multiples of {SIZE_UNIT}; got {tuple(size)}")
 
 
@@ -204,8 +209,11 @@ def _stamped(
         last = begin
 
 
-def _fit(frame: av.VideoFrame, size: tuple[int, int] | None, max_pixels: int | None) -> Tensor:
+def _fit(frame: av.VideoFrame, size: Size, max_pixels: int | None) -> Tensor:
     """uint8 [H, W, 3]: the picture scaled to cover the size, and its centre."""
+    if callable(size):
+        size = size(frame.height, frame.width)
+        _check_size(size)
     height, width = size or _default_size(frame.height, frame.width, max_pixels)
     picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
     scale = max(height / frame.height, width / frame.width)

@@ -11,17 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lumos.codec import DctCodec
 from lumos.data import (
     OfficialDataset,
     Sample,
-    SampleFolder,
     collate,
     read_official_sample,
-    tokenize,
 )
-from lumos.tokens import ByteTokenizer, parse_document
-from lumos.video import ClipTooShortError, read_video, sample_clips, to_float, write_image
 from lumos_kernels.layout import FrameLayout
 from tests.documents import document, official
 
@@ -167,42 +162,6 @@ def test_collate():
     assert torch.equal(collate([s.ids for s in samples]).input_ids, batch.input_ids)
     with pytest.raises(ValueError, match="samples is empty"):
         collate([])
-
-
-def test_tokenize_real_clips(tmp_path):
-    clips = sample_clips()
-    paths = [clips["carphone_pristine"], clips["bikes"]]
-    captions = ["a man talks in a car", "bicycles"]
-    write_image(tmp_path / "still.png", read_video(clips["bikes"], 1, 1, size=(64, 96))[0])
-    summary = tokenize(
-        *([*paths, tmp_path / "still.png"], [*captions, "a still"], tmp_path / "out", DctCodec()),
-        **{"fps": 12, "seconds": 1, "size": (64, 96), "windows": 5},
-    )
-    dataset = SampleFolder(tmp_path / "out")
-    # The first clip lasts 4.004 s, the second 10 s; a picture is one sample.
-    assert [sample.caption for sample in dataset] == [captions[0]] * 4 + [captions[1]] * 5 + ["a still"]
-    assert (summary.clips, summary.samples) == (3, 10)
-    assert summary.tokens == sum(len(sample.ids) for sample in dataset)
-    assert "10 samples of 3 clips" in str(summary)
-    third = parse_document(dataset[2].ids)
-    assert (third.seconds, third.fps, ByteTokenizer().decode(third.text_ids)) == (1, 12, captions[0])
-    assert torch.equal(third.codes, DctCodec().encode(to_float(read_video(paths[0], 12, 1, 2.0, (64, 96)))))
-    assert (dataset[9].frames, dataset[9].seconds, dataset[9].fps) == (1, 1, 1)
-    assert dataset[4].source == str(paths[1])
-
-
-def test_tokenize_names_what_is_wrong(tmp_path):
-    clip, out = sample_clips()["carphone_distorted"], tmp_path / "out"
-    for changes, error, message in (
-        ({"captions": []}, ValueError, "captions must be one a clip: 0 for 1"),
-        ({"windows": 0}, ValueError, "windows must"),
-        ({"seconds": 300}, ValueError, "seconds must"),
-        ({"fps": 0}, ValueError, "fps must"),
-        ({"seconds": 8}, ClipTooShortError, r"carphone_distorted\.mp4 is 4\.004 s long"),
-        ({"paths": [tmp_path / "none.mp4"]}, FileNotFoundError, r"none\.mp4"),
-    ):
-        with pytest.raises(error, match=message):
-            tokenize(**({"paths": [clip], "captions": ["x"], "out": out, "codec": DctCodec()} | changes))
 
 
 def test_plain_pickles_agree_with_the_standard_loader(tmp_path):

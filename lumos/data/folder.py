@@ -110,7 +110,7 @@ class SampleWriter:
         """
         sample = Sample.from_ids(ids, caption=caption, source=source, id=id)
         shape = sample.shape
-        _check_labels(sample, labels)
+        check_labels(sample, labels)
         if id is not None and not -(2**63) <= id < 2**63:
             raise ValueError(f"id must fit 64 bits, got {id}")
         if max(shape.placeholders) >= 2**16:
@@ -151,9 +151,9 @@ class SampleWriter:
             return
         for file in (self._tokens, self._notes):
             sync(file)
-        self._index.write(b"".join(self._pending))
+        records, self._pending = self._pending, []  # taken first: an interrupt here must not write them twice
+        self._index.write(b"".join(records))
         sync(self._index)
-        self._pending.clear()
 
     def close(self) -> None:
         self.flush()
@@ -261,7 +261,8 @@ def sample_key(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
 
 
-def _check_labels(sample: Sample, labels: Tensor | None) -> None:
+def check_labels(sample: Sample, labels: Tensor | None) -> None:
+    """ValueError where labels, int64 [L], say something that a folder does not keep."""
     if labels is None:
         return
     if labels.shape != sample.ids.shape:
