@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lumos.cosmos import check_codec
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e4m3fn}
 
@@ -35,7 +37,9 @@ def add_generate(commands: Any) -> None:
     command.add_argument("--fps", type=int, default=12, help="frames per second of a video (default 12)")
     command.add_argument("--seconds", type=int, default=2, help="length of a video (default 2)")
     command.add_argument("--tokenizer", help="tokenizer.json, or 'bytes' (default: the checkpoint's)")
-    command.add_argument("--codec", choices=("dct",), help="what the codes mean: dct, the codec of `lumos tokenize`")
+    command.add_argument(
+        "--codec", type=check_codec, help="what the codes mean: dct, the embedded codec, or cosmos:FOLDER"
+    )
     command.add_argument("--template", default="official", help="official, plain, or a text with {prompt}")
     command.add_argument("--dtype", choices=tuple(_DTYPES), help="default: the checkpoint's")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lumos.codec import DctCodec, VideoCodec
+from lumos.codec import VideoCodec
+from lumos.cosmos import load_codec
 from lumos.generate import generate_frames
 from lumos.model import Lumos
+from lumos.prompts import fill, read_template
 from lumos.sampling import GeneratedFrame
 from lumos.tokens import (
     NUM_CODES,
@@ -33,13 +35,6 @@ from lumos.tokens import (
 from lumos.video import SIZE_UNIT, read_image, read_video, to_float, to_uint8, write_image, write_video
 from lumos_kernels.layout import SPACE_STRIDE, TEXT_START, TIME_STRIDE
 
-# The words around a caption in the released models' training data and in upstream's inference.
-OFFICIAL_TEMPLATE = (
-    "Generate a video with a resolution of {width}x{height}, consisting of {pictures} frames at {fps} frames per "
-    "second, according to the following prompt:\n {prompt}"
-)
-PLAIN_TEMPLATE = "{prompt}"
-TEMPLATES = {"official": OFFICIAL_TEMPLATE, "plain": PLAIN_TEMPLATE}
 PICTURES, MOVIES, CODES = (".png", ".jpg", ".jpeg"), (".mp4", ".gif"), (".safetensors",)
 
 
@@ -156,14 +151,12 @@ class Pipeline:
         self, model: Lumos, tokenizer: Tokenizer, codec: VideoCodec | None, template: str = "official"
     ) -> None:
         self.model, self.tokenizer, self.codec = model, tokenizer, codec
-        self.template = TEMPLATES.get(template, template)
+        self.template = read_template(template)
         sizes = model.config.visual_start, model.config.num_classes
         if codec is not None and sizes != (VISUAL_START, NUM_CODES):
             raise ValueError(
                 f"codec has {NUM_CODES} codes from id {VISUAL_START}; the model has {sizes[1]} from id {sizes[0]}"
             )
-        if "{prompt}" not in self.template:
-            raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, or hold {{prompt}}; got {template!r}")
 
     @classmethod
     def from_pretrained(
@@ -177,24 +170,22 @@ class Pipeline:
     ) -> Pipeline:
         """Reads a checkpoint folder, and its tokenizer.json where `tokenizer` does not say otherwise.
 
-        tokenizer: a tokenizer.json or its folder; "bytes" for the byte tokenizer. codec: an object; "dct"; or None.
+        tokenizer: a tokenizer.json or its folder; "bytes" for the byte tokenizer. codec: an object, None, or a name
+            that load_codec knows: "dct", "cosmos:FOLDER".
         Raises FileNotFoundError or ValueError naming what is missing or does not fit.
         """
-        if codec not in (None, "dct") and isinstance(codec, str):
-            raise ValueError(f'codec must be "dct", None or an object with encode and decode; got {codec!r}')
+        if isinstance(codec, str):
+            codec = load_codec(codec, device)
         return cls(
             Lumos.from_pretrained(path, dtype=dtype, device=device),
             find_tokenizer(path, tokenizer),
-            DctCodec() if codec == "dct" else codec,
+            codec,
             template,
         )
 
     def prompt_ids(self, request: Request) -> Tensor:
         """int64 [L]: the text, the video's header and the given frames, encoded."""
-        height, width = request.size
-        text = self.template.format(
-            prompt=request.prompt, width=width, height=height, pictures=request.pictures, fps=request.fps
-        )
+        text = fill(self.template, request.prompt, request.size, request.pictures, request.fps)
         ids = self.tokenizer.encode(text)
         header = [TEXT_START, *ids, SEPARATOR]
         header += [VIDEO_START, number(request.seconds, "seconds"), number(request.fps, "fps")]

@@ -9,7 +9,8 @@ from lumos import Lumos, LumosConfig
 from lumos.cli import main
 from lumos.codec import DctCodec
 from lumos.evaluation import Batch, read_items, shard
-from lumos.pipelines import OFFICIAL_TEMPLATE, Pipeline, Request
+from lumos.pipelines import Pipeline, Request
+from lumos.prompts import OFFICIAL_TEMPLATE
 from lumos.tokens import ByteTokenizer, parse_document
 from lumos.video import read_image, read_video, to_float, to_uint8, write_image, write_video
 
