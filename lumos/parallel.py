@@ -68,7 +68,7 @@ class Parallel:
         if world_size == 1:
             return cls(device)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         sizes = (world_size // replicate,) if replicate == 1 else (replicate, world_size // replicate)
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
         exchange = None
@@ -247,6 +247,28 @@ def _padded(batch: MicroBatch, multiple: int) -> tuple[MaskedBatch, FrameLayout]
     cu_seqlens = F.pad(layout.cu_seqlens, (0, 1), value=ids.shape[0])
     masked = MaskedBatch(ids, labels, masked.rows, F.pad(masked.mask_prob, (0, 1)))
     return masked, FrameLayout.from_tokens(ids, cu_seqlens)
+
+
+def _join(backend: str) -> None:
+    """Joins the other processes, also after torchrun has restarted them.
+
+    torchrun (torch 2.13) lets restarted processes meet in the store of those before them, where they would find the
+    addresses of dead processes and wait for them: each start gets keys of its own.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    if os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):  # its nodes count restarts apart
+        raise RuntimeError(
+            "torchrun cannot restart processes on several nodes through the store it shares with them: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, or restart the whole run"
+        )
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"restart-{restarts}", store)
+    dist.init_process_group(
+        backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+    )
 
 
 def _device(name: str) -> torch.device:

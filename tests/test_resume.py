@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from training import assert_same, finish, losses_of, start, state_of, trainer, write_samples
+from training import assert_same, finish, get_stuck, losses_of, start, state_of, trainer, write_samples
 
 from lumos import Lumos
 from lumos.cli import main
@@ -23,7 +23,8 @@ class Crash(Exception):
 
 @pytest.fixture
 def options(tmp_path):
-    return {"data": (write_samples(tmp_path / "tokens"),), "out": str(tmp_path / "run")}
+    packed = {"token_budget": 400, "look_ahead": 6, "micro_batches": 2}
+    return {"data": (write_samples(tmp_path / "tokens"),), "out": str(tmp_path / "run"), **packed}
 
 
 def crash_after(run, steps):
@@ -305,7 +306,7 @@ def test_a_signal_stops_behind_a_checkpoint(options, tmp_path, number):
 
 
 def test_a_second_signal_stops_at_once(options):
-    [process] = start({**options, "steps": 10**6}, stuck=True)
+    [process] = start({**options, "steps": 10**6}, prepare=get_stuck)
     wait_for_lines(options["out"], 2)
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.2)

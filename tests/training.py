@@ -1,9 +1,14 @@
 """Tiny training runs for the tests of resuming and crashing, in this process or in processes of their own."""
 
+import json
 import multiprocessing
 import os
+import resource
+import signal
 import socket
+import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,10 +18,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lumos import LumosConfig
 from lumos.data import SampleWriter
 from lumos.tokens import VISUAL_START, ByteTokenizer, build_document
-from lumos.train import EXIT_STOPPED, StoppedError, TrainConfig, Trainer, read_log
-from lumos.train.state import find_checkpoint
+from lumos.train import EXIT_STOPPED, SaveError, StoppedError, TrainConfig, Trainer, read_log
+from lumos.train.state import find_checkpoint, newest_checkpoint
 
 CODES = 40
+REFUSED, UNSAVED = 11, 12
 TIMINGS = ("seconds", "tokens_per_s", "peak_memory_gb")
 
 
@@ -105,17 +111,21 @@ _context.set_forkserver_preload(["lumos.train", "torch.distributed.checkpoint.fo
 
 
 def start(
-    options: dict, ranks: int = 1, model: LumosConfig | None = None, stuck: bool = False
+    options: dict,
+    ranks: int = 1,
+    model: LumosConfig | None = None,
+    prepare: Callable[[Trainer], None] | None = None,
 ) -> list[multiprocessing.Process]:
     """A run in `ranks` processes of its own, joined as torchrun would; Process.kill() is SIGKILL.
 
-    stuck: it never comes to the end of its third step.
+    prepare: called with the Trainer before it runs; a function of a module. The exit code is REFUSED after a ValueError
+    and UNSAVED after a SaveError.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        _context.Process(target=_run, args=(options, rank, ranks, port, model, stuck)) for rank in range(ranks)
+        _context.Process(target=_run, args=(options, rank, ranks, port, model, prepare)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -129,15 +139,57 @@ def finish(processes: list[multiprocessing.Process], seconds: float = 120) -> li
     return [process.exitcode for process in processes]
 
 
-def _run(options: dict, rank: int, ranks: int, port: int, model: LumosConfig | None, stuck: bool) -> None:
+def get_stuck(run: Trainer) -> None:
+    """It never comes to the end of its third step."""
+    run.after_step.append(lambda stats: time.sleep(600 if run.step == 2 else 0))
+
+
+def fill_the_disk_of_the_last_process(run: Trainer) -> None:
+    """From the fifth step on, files of the process end at a megabyte."""
+
+    def fill(stats):
+        if run.step == 4 and run.parallel.rank == run.parallel.world_size - 1:
+            while newest_checkpoint(run.out / "state") is None:
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    run.after_step.append(fill)
+
+
+def _run(options: dict, rank: int, ranks: int, port: int, model: LumosConfig | None, prepare: Callable | None) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    run = trainer(model, **options)
-    if stuck:
-        run.after_step.append(lambda stats: time.sleep(600 if run.step == 2 else 0))
     try:
+        run = trainer(model, **options)
+        if prepare is not None:
+            prepare(run)
         run.run()
     except StoppedError:
         os._exit(EXIT_STOPPED)
+    except SaveError:
+        os._exit(UNSAVED)
+    except ValueError:
+        os._exit(REFUSED)
+
+
+def _under_torchrun(options: dict) -> None:
+    """A run that dies, once, after options["dies_after"] steps on its second process."""
+    torch.set_num_threads(1)
+    dies_after = options.pop("dies_after", None)
+    run = trainer(tiny_model(), **options)
+
+    def die(stats):
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and (run.parallel.rank, run.step) == (1, dies_after):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run.after_step.append(die)
+    try:
+        run.run()
+    except StoppedError:
+        sys.exit(EXIT_STOPPED)
+
+
+if __name__ == "__main__":
+    _under_torchrun(json.loads(sys.argv[1]))

@@ -65,7 +65,10 @@ def train(config: TrainConfig, progress: bool = True) -> TrainSummary:
     them, unless config.overwrite is set), FloatingPointError where the loss stops being finite, SaveError where a
     checkpoint cannot be written, and StoppedError after SIGTERM or SIGINT, when the state has been written.
     """
-    return Trainer(config, progress).run()
+    trainer = Trainer(config, progress)
+    summary = trainer.run()
+    trainer.parallel.close()
+    return summary
 
 
 class Trainer:
