@@ -57,7 +57,7 @@ def test_shuffled_is_a_permutation(size, key):
     assert sorted(shuffled(index, size, key) for index in range(size)) == list(range(size))
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 6])
+@pytest.mark.parametrize("size", [2, 3, 5])
 def test_every_order_of_few_samples_is_as_likely_as_the_others(size):
     count = 60 * math.factorial(size)
     orders = Counter(tuple(shuffled(i, size, mix(9, key)) for i in range(size)) for key in range(count))
@@ -197,6 +197,16 @@ def test_a_state_continues_the_streams_wherever_it_is_taken(after, seed, by_budg
         assert (again.waste, again.dropped) == (packed.waste, packed.dropped)
 
 
+def test_a_state_stays_what_it_was():
+    packed, again = packer(), packer()
+    take(packed, 5)
+    state = packed.state()
+    before = json.dumps(state)
+    again.load(state)
+    take(packed, 3), take(again, 4)
+    assert json.dumps(state) == before
+
+
 def test_a_changed_budget_after_a_state_loses_no_document():
     packed = packer((9, 5))
     first = take(packed, 10)
@@ -211,7 +221,9 @@ def test_waste_is_what_the_streams_leave_free():
     assert packed.waste == 0
     streams = take(packed, 40)
     assert packed.waste == pytest.approx(1 - sum(stream.length for stream in streams) / (40 * 25))
-    assert packer(budget=0).waste == 0
+    without = packer(budget=0)
+    take(without, 3)
+    assert without.waste == 0
 
 
 def test_packing_fills_streams_to_98_percent_where_documents_are_a_tenth_of_them():
