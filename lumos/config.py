@@ -164,12 +164,15 @@ class LumosConfig:
         loss = 2 * num_targets * self.hidden_size * self.num_classes
         return linear + attention + loss
 
-    def training_flops(self, layout: FrameLayout, num_targets: int) -> int:
+    def training_flops(self, layout: FrameLayout, num_targets: int, frozen: bool = False) -> int:
         """Useful FLOPs of forward and backward on a layout: three times the forward, recomputation not counted.
 
         Reads layout.limits: compute it once, on the CPU copy of the layout. num_targets: rows that enter the loss.
+        frozen: the matmul weights take no gradient, only their inputs do (LoRA, whose own matmuls are not counted).
         """
-        return 3 * self.forward_flops(layout.num_tokens, layout.limits.visible_pairs(), num_targets)
+        pairs = layout.limits.visible_pairs()
+        forward = self.forward_flops(layout.num_tokens, pairs, num_targets)
+        return 3 * forward - (self.forward_flops(layout.num_tokens, 0, num_targets) if frozen else 0)
 
     def _derived_head_dim(self) -> int:
         _check_positive_integer("hidden_size", self.hidden_size)

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from host_syncs import HostSync, NoHostSync
+from test_train import folder, tiny_preset  # noqa: F401
 
 from lumos import Lumos, LumosConfig, mask_tokens
 from lumos.data import collate
-from lumos.tokens import build_document
-from lumos.train import MicroBatch, make_optimizer, training_step
+from lumos.tokens import ByteTokenizer, build_document
+from lumos.train import MicroBatch, TrainConfig, make_optimizer, read_log, train, training_step
 from lumos.train.nonfinite import StepGuard, explain
+from lumos.train.state import checkpoint_step, newest_checkpoint
 from lumos_kernels import FrameLayout
 
 VISUAL_START, CODES = 65536, 40
@@ -172,6 +174,51 @@ def test_bad_weights_are_named_first():
 
 def test_what_does_not_happen_again_is_said():
     assert "fault of the machine" in explain(Run().model, GOOD_STEP, GOOD_NAMES, torch.float32)
+
+
+# In a run: the embedding of every ASCII digit 3 comes out as NaN, so that "clip 3" spoils its steps
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    make = Lumos.__init__
+
+    def with_plant(self, *arguments, **options):
+        make(self, *arguments, **options)
+        bad = ByteTokenizer().encode("3")[0]
+        self.model.embed_tokens.register_forward_hook(
+            lambda module, ids, output: torch.where((ids[0] == bad)[:, None], torch.nan, output)
+        )
+
+    monkeypatch.setattr(Lumos, "__init__", with_plant)
+
+
+def run_options(folder, out, **options):  # noqa: F811
+    return TrainConfig(**{"data": (str(folder),), "out": str(out), "steps": 10, "text_drop": 0.0, **options})
+
+
+def test_a_run_stops_and_names_step_document_and_parameter(folder, tmp_path, tiny_preset, planted):  # noqa: F811
+    config = run_options(folder, tmp_path / "run", checkpoint_every=1, log_every=1)
+    with pytest.raises(FloatingPointError, match=r"step \d: not finite: the loss of sample 3 of .*tokens; .*q_proj"):
+        train(config, progress=False)
+    lines = list(read_log(tmp_path / "run" / "log.jsonl"))
+    assert [line["loss"] is None for line in lines] == [False] * (len(lines) - 1) + [True]
+    # No checkpoint of the bad step, so that the run can go on without it.
+    last = newest_checkpoint(tmp_path / "run" / "state")
+    assert checkpoint_step(last) == len(lines) - 1
+    goes_on = run_options(folder, tmp_path / "run", checkpoint_every=1, on_nonfinite="skip")
+    train(goes_on, progress=False)
+    assert len(list(read_log(tmp_path / "run" / "log.jsonl"))) == 10
+
+
+def test_a_run_skips_and_counts(folder, tmp_path, tiny_preset, planted):  # noqa: F811
+    summary = train(run_options(folder, tmp_path / "run", on_nonfinite="skip", ema=0.9), progress=False)
+    lines = list(read_log(summary.log))
+    bad = [line["step"] for line in lines if line["loss"] is None]
+    assert len(bad) == 2, "ten documents of five samples: each twice"
+    assert lines[-1]["skipped"] == 2
+    weights = Lumos.from_pretrained(summary.checkpoint).parameters()
+    assert all(p.isfinite().all() for p in weights)
 
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])

@@ -262,7 +262,13 @@ def test_a_part_that_is_added_is_kept(options):
 
 def test_runs_do_without_checkpoints(options):
     trainer(**options, steps=2, checkpoint_every=0).run()
-    assert sorted(os.listdir(options["out"])) == ["checkpoint", "log.jsonl", "train.json", "train.yaml"]
+    assert sorted(os.listdir(options["out"])) == [
+        "checkpoint",
+        "log.jsonl",
+        "log_header.json",
+        "train.json",
+        "train.yaml",
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -23,7 +23,7 @@ from lumos.train.state import find_checkpoint, newest_checkpoint
 
 CODES = 40
 REFUSED, UNSAVED = 11, 12
-TIMINGS = ("seconds", "tokens_per_s", "peak_memory_gb")
+TIMINGS = ("seconds", "tokens_per_s", "mfu", "peak_memory_gb")
 
 
 def tiny_model(dropout: float = 0.1, kv_heads: int = 1) -> LumosConfig:

@@ -113,6 +113,10 @@ class PackedBatches:
         future = self._loading.pop(stream, None)
         return self._load(stream) if future is None else future.result()
 
+    def names(self, stream: Bin) -> list[str]:
+        """What its documents are called in messages."""
+        return [self._named(draw.source, draw.sample) for draw in stream.documents]
+
     def state_dict(self) -> dict[str, Any]:
         """Where the run is after the last plan that next_plan returned: numbers, and lists of them by name (JSON)."""
         return {"order": self._order(), **self._state}

@@ -14,10 +14,14 @@ import torch
 from lumos.data.sources import DataSource
 from lumos.masking import MASK_KINDS, mask_ratio
 from lumos.options import converted, from_options, option, read_options, to_options
+from lumos.train.lora import TARGETS as LORA_TARGETS
+from lumos.train.lora import require_peft
 
 DTYPES = ("float32", "bfloat16")
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 TOO_LONG = ("error", "drop")
+ON_NONFINITE = ("stop", "skip")
+EXPORT_WEIGHTS = ("auto", "average", "last")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -40,6 +44,7 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "checkpoints of the state that are kept, the newest ones")
     resume: str = option("auto", "auto: continue the run in `out`; never; or a checkpoint of the state to go on from")
     export: str = option("float32", "dtype of the weights written to out/checkpoint at the end; none: do not write")
+    export_weights: str = option("auto", "which weights: the average, the last ones, or auto: the average if ema is on")
     steps: int = option(1000, "optimizer steps")
     seed: int = option(0, "seed of weights, data order, text drop and masks")
 
@@ -74,6 +79,15 @@ class TrainConfig:
     min_lr: float = option(0.0, "learning rate of the last step, where the schedule falls")
     weight_decay: float = option(0.1, "weight decay of AdamW, on matrices only")
     clip: float = option(4.0, "largest norm of the gradient")
+    ema: float = option(0.0, "decay of an average of the weights, 0.999 say; 0: none")
+    on_nonfinite: str = option("stop", "a loss or gradient that is not finite: stop, or skip the step and count it")
+
+    lora_rank: int = option(0, "rank of LoRA adapters beside frozen weights, needs init and peft; 0: train all")
+    lora_alpha: float = option(16.0, "adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: tuple[str, ...] = option(LORA_TARGETS, "linear layers that get adapters")
+
+    log_every: int = option(10, "steps between readings of the log's values from a GPU; every step has its line")
+    tensorboard: bool = option(False, "write the log for tensorboard too, into out/tensorboard (needs tensorboard)")
 
     dtype: str = option("auto", "float32, bfloat16 (autocast, fp32 weights), or auto: bfloat16 on GPUs")
     device: str = option("auto", "cpu, cuda, or auto")
@@ -92,6 +106,7 @@ class TrainConfig:
             _check_masks,
             _check_loss,
             _check_optimizer,
+            _check_lora,
             _check_device,
             _check_parallel,
         ):
@@ -142,6 +157,10 @@ def _check_run(config: TrainConfig) -> None:
     _check_at_least(config, 1, "steps", "keep_checkpoints")
     _check_at_least(config, 0, "seed", "checkpoint_every")
     _check_choice(config, ("none", *DTYPES), "export")
+    _check_choice(config, EXPORT_WEIGHTS, "export_weights")
+    if config.export_weights == "average" and not config.ema:
+        raise ValueError("export_weights average needs an average: ema above 0")
+    _check_at_least(config, 1, "log_every")
 
 
 def _check_batches(config: TrainConfig) -> None:
@@ -179,8 +198,26 @@ def _check_optimizer(config: TrainConfig) -> None:
     _check_positive(config, "lr", "clip")
     _check_at_least(config, 0, "weight_decay", "warmup", "min_lr")
     _check_choice(config, SCHEDULES, "schedule")
+    _check_choice(config, ON_NONFINITE, "on_nonfinite")
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"ema must be at least 0 and below 1, got {config.ema}")
     if config.min_lr > config.lr:
         raise ValueError(f"min_lr must be at most lr, {config.lr}, got {config.min_lr}")
+
+
+def _check_lora(config: TrainConfig) -> None:
+    _check_at_least(config, 0, "lora_rank")
+    _check_positive(config, "lora_alpha")
+    unknown = [name for name in config.lora_targets if name not in LORA_TARGETS]
+    if unknown or not config.lora_targets:
+        raise ValueError(
+            f"lora_targets must be some of {', '.join(LORA_TARGETS)}, got {', '.join(config.lora_targets) or 'none'}; "
+            f"lm_head and the embedding are read by ops and take no adapter"
+        )
+    if config.lora_rank and config.init is None:
+        raise ValueError("lora_rank needs init: adapters change a trained model")
+    if config.lora_rank:
+        require_peft()
 
 
 def _check_device(config: TrainConfig) -> None:

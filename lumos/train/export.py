@@ -13,8 +13,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from lumos.checkpoint import save_pretrained
 from lumos.config import LumosConfig
 from lumos.model import Lumos
+from lumos.train.config import TrainConfig
+from lumos.train.lora import adapted_shapes, adapters, merged
 from lumos.train.state import find_checkpoint, load_checkpoint, read_description
 
+# Options of the run that say what its checkpoints hold.
+_CONTENT = ("init", "ema", "export_weights", "lora_rank", "lora_alpha", "lora_targets")
 # What Hugging Face tokenizers and image processors keep beside the weights.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,6 +34,8 @@ TOKENIZER_FILES = (
 def export(checkpoint: str | Path, out: str | Path, dtype: str = "float32") -> Path:
     """Writes the weights of a checkpoint of a run's state to a folder that Lumos.from_pretrained reads; returns it.
 
+    The average of the weights where the run kept one (unless its export_weights is "last"); adapters are merged.
+
     checkpoint: one of a run's state, from any number of processes, or the run's folder, for its newest.
     out: folder of the official layout. dtype: of the weights, float32 or bfloat16.
     Holds the weights once in fp32 and once in dtype. Raises FileNotFoundError or ValueError naming what is wrong.
@@ -38,9 +44,16 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str = "float32") -> P
     description = read_description(path)
     with torch.device("meta"):
         model = Lumos(LumosConfig.from_dict(description["model"]))
-    weights = {name: torch.empty(tensor.shape) for name, tensor in model.state_dict().items()}
+    told = {name: value for name, value in description["config"].items() if name in _CONTENT}
+    config = TrainConfig.from_dict(told, str(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.lora_rank:
+        shapes = adapted_shapes(shapes, config)
+    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     load_checkpoint(path, {"model": weights})
-    write_weights(model, out, weights, dtype, description["config"].get("init"))
+    if config.ema and config.export_weights != "last":
+        load_checkpoint(path, {"ema": adapters(weights) if config.lora_rank else weights})
+    write_weights(model, out, merged(weights, config) if config.lora_rank else weights, dtype, config.init)
     return Path(out)
 
 

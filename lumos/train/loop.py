@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -21,12 +20,17 @@ from tqdm import tqdm
 
 from lumos.config import LumosConfig
 from lumos.model import Lumos
+from lumos.options import write_options
 from lumos.parallel import Parallel
 from lumos.train import resume
-from lumos.train.batches import MicroBatch, PackedBatches, open_sources
+from lumos.train.batches import PackedBatches, open_sources
 from lumos.train.config import TrainConfig, compute_dtype
+from lumos.train.ema import WeightAverage
 from lumos.train.export import full_weights, write_weights
-from lumos.train.log import log_line, read_log
+from lumos.train.log import LOG_HEADER, RunLog, log_header, open_board, read_log
+from lumos.train.lora import add_lora, merged, save_adapter
+from lumos.train.nonfinite import StepGuard, explain
+from lumos.train.peak import Peak
 from lumos.train.schedule import make_schedule
 from lumos.train.signals import StoppedError, StopRequest
 from lumos.train.state import (
@@ -62,8 +66,9 @@ def train(config: TrainConfig, progress: bool = True) -> TrainSummary:
     in the official layout). Under torchrun every process calls this.
 
     Raises ValueError or FileNotFoundError naming what is wrong with an option or a folder (another run in `out` among
-    them, unless config.overwrite is set), FloatingPointError where the loss stops being finite, SaveError where a
-    checkpoint cannot be written, and StoppedError after SIGTERM or SIGINT, when the state has been written.
+    them, unless config.overwrite is set), FloatingPointError naming what is not finite in a step and in which documents
+    (unless config.on_nonfinite is "skip"), SaveError where a checkpoint cannot be written, and StoppedError after
+    SIGTERM or SIGINT, when the state has been written.
     """
     trainer = Trainer(config, progress)
     summary = trainer.run()
@@ -76,8 +81,8 @@ class Trainer:
 
     step: optimizer steps done. What a run is made of are attributes that may be looked at or replaced before run():
     parallel, model, optimizer, schedule (its step() is called after each step), batches.
-    after_step: called with the StepStats after each optimizer step, in order (an EMA of the weights, say).
-    parts: more that a continued run needs, by name (that EMA); checkpoints keep them with state()'s own.
+    after_step: called with the StepStats after each optimizer step, in order (the average of the weights, say).
+    parts: more that a continued run needs, by name (that average); checkpoints keep them with state()'s own.
     """
 
     def __init__(self, config: TrainConfig, progress: bool = True) -> None:
@@ -97,8 +102,16 @@ class Trainer:
         )
         self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
         self.schedule = make_schedule(self.optimizer, config)
+        self.guard = StepGuard(config.on_nonfinite == "stop", self.device)
+        every = config.log_every if self.device.type == "cuda" else 1  # a CPU has the values at once
+        self.log = RunLog(self.model.config, self.parallel, every, frozen=config.lora_rank > 0)
         self.after_step: list[Callable[[StepStats], None]] = []
-        self.parts: dict[str, Stateful] = {}
+        self.parts: dict[str, Stateful] = {"log": PlainState(self.log)}
+        self.average: WeightAverage | None = None
+        if config.ema:
+            self.average = WeightAverage(self.model, config.ema)
+            self.after_step.append(lambda stats: self.average.update(stats.skipped))
+            self.parts["ema"] = self.average
         self._own_start: Path | None = None  # what this run continues, if it is a checkpoint in its own folder
         self._seed_process()
 
@@ -118,20 +131,27 @@ class Trainer:
         self._resume(self._on_main(lambda: resume.choose_start(self.config)))
         begin = time.perf_counter()
         with self._open_log() as log, self._open_checkpoints(log) as checkpoints, StopRequest() as stop:
-            self._run_steps(log, checkpoints, stop)
+            self._run_steps(checkpoints, stop)
             self._save_now(checkpoints)
         seconds = time.perf_counter() - begin
         self.export()
         self.parallel.barrier()
-        losses = [line["loss"] for line in read_log(self.out / resume.LOG)] or [math.nan]
+        losses = [line["loss"] for line in read_log(self.out / resume.LOG) if line["loss"] is not None] or [math.nan]
         return TrainSummary(self.step, losses[0], losses[-1], seconds, self.out / resume.LOG, self.out / resume.WEIGHTS)
 
     def export(self) -> None:
         """Writes the weights to out/checkpoint as config.export says."""
-        if self.config.export != "none":
-            weights = full_weights(self.model)
+        config = self.config
+        if config.export == "none":
+            return
+        averaged = self.average is not None and config.export_weights != "last"
+        with self.average.in_model() if averaged else contextlib.nullcontext():
+            weights = full_weights(self.model)  # may be the parameters themselves: written before they are put back
+            if self.parallel.is_main and config.lora_rank:
+                save_adapter(self.out / "adapter", weights, config)
+                weights = merged(weights, config)
             if self.parallel.is_main:
-                write_weights(self.model, self.out / resume.WEIGHTS, weights, self.config.export, init=self.config.init)
+                write_weights(self.model, self.out / resume.WEIGHTS, weights, config.export, init=config.init)
 
     def _resume(self, start: Path | None) -> None:
         if start is not None:
@@ -150,30 +170,24 @@ class Trainer:
         if self.parallel.is_main:
             resume.write_run_options(self.config)
 
-    def _run_steps(self, log: TextIO, checkpoints: Checkpoints, stop: StopRequest) -> None:
-        with tqdm(total=self.config.steps, initial=self.step, disable=not self.progress, unit="step") as bar:
+    def _run_steps(self, checkpoints: Checkpoints, stop: StopRequest) -> None:
+        with tqdm(total=self.config.steps, initial=self.step, disable=not self.progress, unit="step") as self._bar:
             while self.step < self.config.steps:
-                line = self._step()
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                bar.update()
-                bar.set_postfix_str(
-                    f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s, {line['peak_memory_gb']:.2f} GB"
-                )
-                if not math.isfinite(line["loss"]):
-                    raise FloatingPointError(
-                        f"loss is {line['loss']} at step {line['step']}: see {self.out / resume.LOG}"
-                    )
+                self._step()
+                self._bar.update()
                 if self.parallel.any(bool(stop.name) or checkpoints.failed):
                     checkpoints.wait()  # raises on every process what failed on one
                     self._stop(checkpoints)
                 if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
                     self._save(checkpoints)
+            self._logged(self.log.flush())
 
-    def _step(self) -> dict[str, Any]:
-        """One optimizer step; returns its line of the log."""
-        start = time.perf_counter()
-        number, micro_batches = self.step, self._next_batches()
+    def _step(self) -> None:
+        """One optimizer step."""
+        self.log.begin_step()
+        plan = self.batches.next_plan()
+        streams = plan[self.parallel.data_rank :: self.parallel.data_size]
+        micro_batches = [self.batches.load(stream) for stream in streams]
         lr = self.optimizer.param_groups[0]["lr"]
         stats = training_step(
             self.model,
@@ -183,19 +197,33 @@ class Trainer:
             self.dtype,
             self.parallel,
             self.config.loss_options(),
+            self.guard,
         )
         self.schedule.step()
         for call in self.after_step:
             call(stats)
+        self._logged(self.log.end_step(self.step, lr, stats, micro_batches, self.batches.waste, streams))
         self.step += 1
-        loss = float(stats.loss)  # waits for the device, so that the time is the step's
-        return log_line(number, loss, stats, micro_batches, lr, time.perf_counter() - start, self.device)
 
-    def _next_batches(self) -> list[MicroBatch]:
-        plan = self.batches.next_plan()
-        return [self.batches.load(stream) for stream in plan[self.parallel.data_rank :: self.parallel.data_size]]
+    def _logged(self, lines: list[dict[str, Any]]) -> None:
+        """Shows new lines of the log. FloatingPointError for a step that was not finite, where that ends a run."""
+        for line in lines[-1:]:
+            loss = math.nan if line["loss"] is None else line["loss"]
+            self._bar.set_postfix_str(
+                f"loss {loss:.3f}, {line['tokens_per_s']:,.0f} tokens/s, {line['peak_memory_gb']:.2f} GB"
+            )
+        bad = self.log.bad
+        if bad is not None and self.config.on_nonfinite == "stop":
+            batches = [self.batches.load(stream) for stream in bad.batches]
+            names = [self.batches.names(stream) for stream in bad.batches]
+            options = self.dtype, self.parallel, self.config.loss_options()
+            said = explain(self.model, batches, names, *options)
+            raise FloatingPointError(
+                f"step {bad.number}: {said}. Nothing of it reached the weights; on_nonfinite skip goes on without it"
+            )
 
     def _save(self, checkpoints: Checkpoints) -> None:
+        self._logged(self.log.flush())  # no checkpoint of steps that are not known to be good
         description = {
             "format": 1,
             "world_size": self.parallel.world_size,
@@ -216,15 +244,23 @@ class Trainer:
         return checkpoints.newest
 
     def _stop(self, checkpoints: Checkpoints) -> None:
+        self._logged(self.log.flush())
         path = self._save_now(checkpoints)
         then = f"the same command goes on from {path}" if path else "nothing was kept: checkpoint_every is 0"
         raise StoppedError(f"stopped after {self.step} of {self.config.steps} steps; {then}", path)
 
     @contextlib.contextmanager
     def _open_log(self):
-        path = self.out / resume.LOG if self.parallel.is_main else os.devnull
+        path, board = self.out / resume.LOG if self.parallel.is_main else os.devnull, None
+        peak = Peak.of(self.device, self.dtype)
+        if self.parallel.is_main:
+            write_options(self.out / LOG_HEADER, log_header(self.parallel, peak))
+            board = open_board(self.out / "tensorboard", self.step) if self.config.tensorboard else None
         with open(path, "a") as log:
+            self.log.open(peak, log, board)
             yield log
+        if board is not None:
+            board.close()
 
     @contextlib.contextmanager
     def _open_checkpoints(self, log: TextIO):
@@ -266,4 +302,4 @@ def _make_model(config: TrainConfig) -> Lumos:
     model.impl = config.impl
     kind = config.activation_checkpointing
     model.checkpoint_layers(int(kind != "none"), selective=kind == "selective")
-    return model
+    return add_lora(model, config) if config.lora_rank else model

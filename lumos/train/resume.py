@@ -27,9 +27,10 @@ LOG = "log.jsonl"
 WEIGHTS = "checkpoint"
 # Options that change where a run ends, what it writes or where it computes, but not what a step computes beyond
 # rounding: they may differ between a run and its continuation.
-_WRITING = ("out", "overwrite", "checkpoint_every", "keep_checkpoints", "resume", "export", "log_every", "tensorboard")
+_WRITING = ("out", "overwrite", "checkpoint_every", "keep_checkpoints", "resume", "export", "export_weights")
+_WATCHING = ("log_every", "tensorboard", "on_nonfinite")
 _COMPUTING = ("device", "impl", "activation_checkpointing", "replicate", "context")
-FREE_OPTIONS = frozenset(("steps", *_WRITING, *_COMPUTING))
+FREE_OPTIONS = frozenset(("steps", *_WRITING, *_WATCHING, *_COMPUTING))
 
 
 def choose_start(config: TrainConfig) -> Path | None:

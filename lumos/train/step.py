@@ -99,9 +99,11 @@ def clip_gradients(model: Lumos, clip: float) -> Tensor:
 
 
 def make_optimizer(model: Lumos, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices; norms and biases have none."""
+    """AdamW of the weights that are trained, with weight decay on the matrices; norms and biases have none."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (others if parameter.dim() < 2 or "norm" in name else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
