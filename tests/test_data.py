@@ -1,6 +1,6 @@
-"""lumos/data/: sample folders and their crashes, official pickles and forged ones, packing, tokenize."""
+"""lumos/data/: official pickles and forged ones, packing."""
 
-import io
+import contextlib
 import json
 import os
 import pickle
@@ -17,9 +17,15 @@ from lumos.data import (
     collate,
     read_official_sample,
 )
+from lumos.data.pickles import read_plain
 from lumos_kernels.layout import FrameLayout
 from tests.documents import document, official
 
+OPCODES = (
+    *(pickle.MARK, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.EMPTY_LIST),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.MEMOIZE, pickle.BINPUT, pickle.BINGET),
+    *(pickle.SHORT_BINUNICODE, pickle.EMPTY_DICT, pickle.STOP),
+)
 FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -164,9 +170,60 @@ def test_collate():
         collate([])
 
 
-def test_plain_pickles_agree_with_the_standard_loader(tmp_path):
-    content = {"token": list(range(-5, 70000, 997)), "more": {"é": [1, [2, {"x": 2**40}]], 3: "ü" * 300}}
-    from lumos.data.official import _PlainUnpickler
+def plain(value):
+    """A value with arrays as lists again."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
-    for protocol in (2, 3, 4, 5):
-        assert _PlainUnpickler(io.BytesIO(pickle.dumps(content, protocol))).load() == content
+
+VALUES = st.recursive(
+    st.integers(-(2**40), 2**40) | st.sampled_from((0, 255, 256, 65535, 65536, -1, -100)) | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=12)
+        | st.lists(st.sampled_from((7, 300, 70000)), max_size=12)
+        | st.dictionaries(st.integers(-3, 70000) | st.text(max_size=3), inner, max_size=6)
+    ),
+    max_leaves=40,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=VALUES, protocol=st.integers(2, 5), shared=...)
+def test_plain_pickles_agree_with_the_standard_loader(value, protocol, shared: bool):
+    value = [value, value] if shared else value
+    assert plain(read_plain(pickle.dumps(value, protocol))) == value
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 127, 128, 133, 1000, 1001, 5000])
+def test_runs_of_integers(count):
+    """Around the lengths at which the reader looks further ahead, and at which the standard writer begins a batch."""
+    for number in (7, 300, 70000, -100):
+        row = [1] * 3 + [number] * count + [2, 70000, 3]
+        found = read_plain(pickle.dumps({"a": row, 5: number, number: 1}, 4))
+        assert plain(found) == {"a": row, 5: number, number: 1}
+        assert isinstance(found["a"], np.ndarray)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from([op[0] for op in OPCODES] + [0, 1, 2, 46]), max_size=40).map(bytes))
+def test_any_program_of_opcodes_gives_a_value_or_a_value_error(program):
+    for whole in (program, b"](" + program + b"e."):
+        with contextlib.suppress(ValueError):
+            read_plain(whole)
+
+
+def test_values_that_hold_themselves_are_refused():
+    loop = [1]
+    loop.append(loop)
+    with pytest.raises(ValueError, match="deeper than"):
+        read_plain(pickle.dumps(loop))
+
+
+def test_what_is_referred_to_often_is_made_once():
+    value = []
+    for _ in range(40):
+        value = [value, value]
+    read_plain(pickle.dumps(value))  # 2^40 lists if each reference were followed

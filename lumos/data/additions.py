@@ -56,33 +56,36 @@ class Additions:
         self.writer = SampleWriter(out, batch)
         self.samples = self.tokens = self.kept = 0
         self.failures: list[Failure] = []
-        self._pending: set[int] = set()
+        self._pending: dict[int, int] = {}  # keys of samples being made -> how often each was asked for since
         (self.writer.folder / FAILURES).unlink(missing_ok=True)
 
     def wants(self, key: int) -> bool:
         """Whether the sample is neither there nor being made; if so it counts as being made from now on."""
-        if self.writer.has(key) or key in self._pending:
+        if self.writer.has(key):
             self.kept += 1
-            return False
-        self._pending.add(key)
-        return True
+        elif key in self._pending:
+            self._pending[key] += 1
+        else:
+            self._pending[key] = 0
+            return True
+        return False
 
     def add(self, key: int, ids: np.ndarray, **known: object) -> None:
         """A sample that was made, uint32 [L]; further arguments as SampleWriter.add."""
         sample = self.writer.add(torch.from_numpy(ids.astype(np.int64)), key=key, **known)
-        self._pending.discard(key)
         self.samples, self.tokens = self.samples + 1, self.tokens + len(sample.ids)
+        self.kept += self._pending.pop(key)
 
     def fail(self, key: int, source: str, error: str, window: int = 0) -> None:
         """A sample that could not be made."""
-        self._pending.discard(key)
+        del self._pending[key]
         self.failures.append(Failure(source, window, error))
         with open(self.writer.folder / FAILURES, "a", encoding="utf-8") as file:
             file.write(json.dumps({"source": source, "window": window, "error": error}) + "\n")
 
     def drop(self, key: int) -> None:
         """A sample that turned out not to exist."""
-        self._pending.discard(key)
+        del self._pending[key]
 
     def summary(self, sources: int) -> Summary:
         """ValueError where nothing but failures came of the run."""

@@ -85,9 +85,6 @@ class SampleWriter:
         self._note_end = int(last["note"]) + int(last["note_length"])
         self._index.truncate(len(HEADER) + len(records) * RECORD.itemsize)
         self._index.seek(0, os.SEEK_END)
-        for file in self.folder.glob("tokens-*.bin"):
-            if file.name > shard_name(self._shard):
-                file.unlink()
         self._tokens = open_at(self.folder / shard_name(self._shard), 4 * self._end)
         self._notes = open_at(self.folder / NOTES, self._note_end)
         self._pending: list[bytes] = []

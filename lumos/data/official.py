@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -14,29 +12,11 @@ import torch
 import yaml
 from torch.utils.data import Dataset
 
+from lumos.data.pickles import read_plain
 from lumos.data.sample import Sample, Shape
 from lumos.tokens import IGNORED, NUM_CODES, VISUAL_START
 
 _VOCABULARY = VISUAL_START + NUM_CODES
-
-
-_PLAIN_OPCODES = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
-    *(pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS),
-    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
-    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
-)
-
-
-class _PlainUnpickler(pickle._Unpickler):
-    """Knows only the opcodes of dicts, lists, ints and strings (protocols 2 to 5).
-
-    No opcode that imports or calls is in the table, so no file can make it run code. The Python implementation, not
-    the C one, because only its table can be narrowed, and because a forged memo index makes the C one allocate
-    gigabytes.
-    """
-
-    dispatch = {op[0]: pickle._Unpickler.dispatch[op[0]] for op in _PLAIN_OPCODES}  # noqa: RUF012
 
 
 def read_official_sample(path: str | Path) -> Sample:
@@ -47,11 +27,9 @@ def read_official_sample(path: str | Path) -> Sample:
     """
     data = Path(path).read_bytes()
     try:
-        content = _PlainUnpickler(io.BytesIO(data)).load()
-    # Malformed bytes can raise nearly anything: the opcodes trust their operands.
-    except Exception as error:
-        reason = "an opcode that plain data does not need" if isinstance(error, KeyError) else repr(error)
-        raise ValueError(f"{path} is not a pickle of dicts, lists, ints and strings only: {reason}") from error
+        content = read_plain(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a pickle of dicts, lists, ints and strings only: {error}") from error
     try:
         return _official_sample(content, str(path))
     except ValueError as error:
@@ -64,9 +42,9 @@ def _official_sample(content: object, source: str) -> Sample:
     rows = []
     for name in ("token", "label"):
         row = content[name]
-        if not isinstance(row, list) or any(type(i) is not int or not IGNORED <= i < _VOCABULARY for i in row):
+        if not isinstance(row, np.ndarray) or row.min() < IGNORED or row.max() >= _VOCABULARY:
             raise ValueError(f"{name} must be a list of ids")
-        rows.append(torch.tensor(row, dtype=torch.int64))
+        rows.append(torch.from_numpy(row))
     ids, labels = rows
     if len(ids) != len(labels) or ((labels != ids) & (labels != IGNORED)).any():
         raise ValueError(f"label must hold token's {len(ids)} ids or {IGNORED} in their places")
