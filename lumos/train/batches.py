@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumos.data import collate, drop_text
+from lumos.data import SampleFolder, collate, drop_text
 from lumos.data.packing import Bin, Draw, Packer, mix, uniform
 from lumos.data.sources import DataSource, Samples
 from lumos.masking import MaskedBatch, mask_tokens
@@ -62,13 +62,14 @@ class PackedBatches:
     classes: ids (lo, hi) that can be targets: LumosConfig.classes.
     rank, ranks: this process loads plan[rank::ranks]; one thread reads these streams of the next step ahead.
 
-    A document longer than the budget is named in a ValueError: at once if it is among the CHECKED samples of its source
-    that are looked at here (all of a small source, every n-th of a large one), otherwise when its turn comes. With
+    A document longer than the budget is named in a ValueError: at once if it is among the samples of its source that
+    are looked at here (all up to CHECKED, spread over the source; READ of sources that must read a sample to know its
+    length), otherwise when its turn comes, which is look_ahead documents before it would be trained on. With
     too_long="drop" such documents are left out with a warning and counted (`dropped`); that no sample of a source fits
     is a ValueError all the same.
     """
 
-    CHECKED = 2000
+    CHECKED, READ = 20_000, 100
 
     def __init__(
         self,
@@ -236,7 +237,8 @@ class PackedBatches:
         """Names documents that are longer than the budget before the first step, where that takes little time."""
         budget = self.options.token_budget
         for number, (source, dataset) in enumerate(self.sources):
-            picked = range(0, len(dataset), -(-len(dataset) // self.CHECKED))
+            limit = self.CHECKED if isinstance(dataset, SampleFolder) else self.READ
+            picked = range(0, len(dataset), -(-len(dataset) // limit))
             random = self._random(0)
             lengths = [source.prepared_shape(dataset.describe(sample), random).length for sample in picked]
             longest = max(range(len(picked)), key=lengths.__getitem__)
