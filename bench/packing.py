@@ -44,7 +44,7 @@ MIXES = (
     joint("6 images a video, 384p", 6, "384p"),
     Mix("videos, 256p and 384p", ((1, VIDEO_FRAMES, "256p"), (1, VIDEO_FRAMES, "384p"))),
 )
-BUDGETS = (32_768, 65_536, 131_072)
+BUDGETS = (32_768, 60_000, 131_072)
 
 
 def buckets(patches: int, most: float = 4.0) -> list[tuple[int, int]]:

@@ -112,6 +112,22 @@ def test_accumulated_micro_batches_give_the_gradient_of_their_union(folder):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
+def test_packing_and_loss_options_reach_the_run(folder, tmp_path, tiny_preset):
+    def log_of(name, **options):
+        config = TrainConfig(data=(str(folder),), out=str(tmp_path / name), steps=1, look_ahead=4, checkpoint_every=0, **options)
+        return list(read_log(train(config, progress=False).log))
+
+    packed = {"token_budget": 400, "micro_batches": 2}
+    plain = log_of("plain", **packed)
+    assert all(700 < line["tokens"] <= 800 for line in plain)
+    for number, option in enumerate(({"z_loss": 0.1}, {"focal_gamma": 2.0}, {"decay_start": 0.1})):
+        assert abs(log_of(f"loss {number}", **packed, **option)[0]["loss"] - plain[0]["loss"]) > 0.05, option
+    given = log_of("given", **packed, given_frames=1)
+    assert given[0]["frame_losses"][0] is None
+    assert given[0]["tokens"] == plain[0]["tokens"]
+    assert given[0]["targets"] < plain[0]["targets"]
+
+
 def test_gradient_is_clipped_to_the_norm(folder):
     model = Lumos(small_config())
     step = step_of(folder)
