@@ -114,7 +114,9 @@ def test_accumulated_micro_batches_give_the_gradient_of_their_union(folder):
 
 def test_packing_and_loss_options_reach_the_run(folder, tmp_path, tiny_preset):
     def log_of(name, **options):
-        config = TrainConfig(data=(str(folder),), out=str(tmp_path / name), steps=1, look_ahead=4, checkpoint_every=0, **options)
+        config = TrainConfig(
+            data=(str(folder),), out=str(tmp_path / name), steps=1, look_ahead=4, checkpoint_every=0, **options
+        )
         return list(read_log(train(config, progress=False).log))
 
     packed = {"token_budget": 400, "micro_batches": 2}
