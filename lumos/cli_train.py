@@ -16,6 +16,10 @@ def add_train(commands: Any) -> None:
     command.add_argument("--config", type=Path, metavar="FILE", help="options in YAML or JSON; those given here win")
     add_options(command, TrainConfig)
 
+    command = commands.add_parser("recipes", help="list the recipes of `lumos train`, or print one to copy and change")
+    command.set_defaults(run=_recipes)
+    command.add_argument("name", nargs="?", help="recipe to print")
+
 
 def _train(config: Path | None, **options: Any) -> None:
     from lumos.train import train
@@ -40,3 +44,16 @@ def _export(checkpoint: str, out: str, dtype: str) -> None:
     from lumos.train.export import export
 
     print(f"checkpoint: {export(checkpoint, out, dtype)}")
+
+
+def _recipes(name: str | None) -> None:
+    from lumos.train.recipes import recipe_names, recipe_options, recipe_text, recipe_title
+
+    if name is not None:
+        print(recipe_text(name), end="")
+        return
+    for known in recipe_names():
+        options = recipe_options(known)
+        shown = ("lr", "schedule", "warmup", "steps", "token_budget", "micro_batches", "ema")
+        print(f"{known:18}{recipe_title(known)}")
+        print(f"{'':18}{', '.join(f'{name} {options[name]}' for name in shown if name in options)}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lumos.masking import MASK_KINDS, mask_ratio
 from lumos.options import converted, from_options, option, read_options, to_options
 from lumos.train.lora import TARGETS as LORA_TARGETS
 from lumos.train.lora import require_peft
+from lumos.train.recipes import is_blank, recipe_names, recipe_options
 
 DTYPES = ("float32", "bfloat16")
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
@@ -38,6 +39,7 @@ class TrainConfig:
         (),
         "sample folders (`lumos tokenize`) or official indices, each PATH[,weight=W][,fps=N][,seconds=N][,crop=...]",
     )
+    recipe: str | None = option(None, "settings to start from (`lumos recipes` lists them); all options given win")
     out: str = option("run", "folder for the log and the checkpoint")
     overwrite: bool = option(False, "replace the log and the checkpoint of an earlier run in `out`")
     checkpoint_every: int = option(500, "steps between checkpoints of the whole state, one more at the end; 0: none")
@@ -123,12 +125,29 @@ class TrainConfig:
 
     @classmethod
     def load(cls, file: str | Path | None = None, **options: Any) -> TrainConfig:
-        """The options of a file, those given here before those of the file.
+        """The options of a recipe, of a file, and those given here; the later win.
 
+        Data for a recipe of several kinds say which they are, KIND=PATH, and get what the recipe sets for their kind.
         Raises FileNotFoundError, and ValueError naming the file, the key and what is wrong with it.
         """
         read = {} if file is None else converted(cls, read_options(file), str(file))
-        return cls(**{**read, **converted(cls, options, "options")})
+        read |= converted(cls, options, "options")
+        name = read.get("recipe")
+        if name is not None:
+            recipe = converted(cls, recipe_options(name), f"recipe {name}")
+            if read.get("data"):
+                read["data"] = _filled(recipe["data"], read["data"], name)
+            read = {**recipe, **read}
+        for key in ("init", "preset"):
+            if is_blank(read.get(key)):
+                raise ValueError(f"{key} is left blank: give a {read[key].strip('<>')}")
+        blanks = [
+            str(source.path).strip("<>") for source in map(_source, read.get("data", ())) if is_blank(source.path)
+        ]
+        if blanks:
+            kinds = " ".join(f"{kind}=FOLDER" for kind in blanks) if len(blanks) > 1 else "FOLDER"
+            raise ValueError(f"data is left blank: give folders of {' and '.join(blanks)}, --data {kinds}")
+        return cls(**read)
 
     def loss_options(self) -> dict[str, float | None]:
         """Keywords of Lumos.forward, for training_step's `loss`."""
@@ -137,6 +156,31 @@ class TrainConfig:
             "focal_gamma": self.focal_gamma,
             "decay_start": self.decay_start,
         }
+
+
+def _filled(recipe: Sequence[DataSource], data: Sequence[Any], name: str) -> tuple[DataSource, ...]:
+    """Sources of the user with what the recipe sets for their kind. Sources of one kind share its weight."""
+    kinds = {str(source.path).strip("<>"): source for source in recipe}
+    filled: list[tuple[str | None, DataSource]] = []
+    for entry in data:
+        if isinstance(entry, DataSource):
+            filled.append((None, entry))
+            continue
+        kind, given, path = str(entry).partition("=")
+        if not given or kind not in kinds:
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"data: recipe {name} reads {' and '.join(kinds)}; say which {str(entry)!r} is, "
+                    f"{next(iter(kinds))}={entry}"
+                )
+            kind, path = next(iter(kinds)), str(entry)
+        own = _source(path)
+        changed = {f.name: getattr(own, f.name) for f in fields(own) if getattr(own, f.name) != f.default}
+        filled.append((kind, replace(kinds[kind], **changed)))
+    named = [kind for kind, _ in filled]
+    return tuple(
+        source if kind is None else replace(source, weight=source.weight / named.count(kind)) for kind, source in filled
+    )
 
 
 def _source(entry: str | Path | DataSource) -> DataSource:
@@ -161,6 +205,8 @@ def _check_run(config: TrainConfig) -> None:
     if config.export_weights == "average" and not config.ema:
         raise ValueError("export_weights average needs an average: ema above 0")
     _check_at_least(config, 1, "log_every")
+    if config.recipe is not None:
+        _check_choice(config, tuple(recipe_names()), "recipe")
 
 
 def _check_batches(config: TrainConfig) -> None:
