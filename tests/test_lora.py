@@ -105,7 +105,7 @@ def test_a_checkpoint_of_the_state_exports_merged(folder, base, tmp_path, ema): 
 def test_the_loss_falls(folder, base, tmp_path):  # noqa: F811
     run(options(folder, base, tmp_path / "run", steps=30, documents=5))
     got = losses(tmp_path / "run")
-    assert sum(got[-3:]) / 3 < got[0] - 0.3
+    assert sum(got[-3:]) / 3 < got[0] - 0.1
 
 
 @pytest.mark.parametrize(
