@@ -67,6 +67,13 @@ def test_a_finished_run_can_be_made_longer(options, tmp_path):
         trainer(**options, steps=3).run()
 
 
+def test_a_longer_run_follows_its_own_schedule(options):
+    falling = {**options, "schedule": "linear", "warmup": 0}
+    trainer(**falling, steps=2).run()
+    trainer(**falling, steps=5).run()
+    assert [line["lr"] for line in losses_of(options["out"])] == pytest.approx([0.005, 0, 0.004, 0.002, 0])
+
+
 def test_another_run_is_refused_and_what_differs_is_named(options):
     trainer(**options, steps=2).run()
     log = losses_of(options["out"])
@@ -106,7 +113,7 @@ def test_a_checkpoint_can_be_named(options, tmp_path):
     branch = {**options, "out": str(tmp_path / "branch"), "lr": 0.03}
     with pytest.warns(UserWarning, match="lr was 0.01 and is now 0.03"):
         trainer(**branch, steps=8, resume=options["out"]).run()
-    assert [line["step"] for line in losses_of(branch["out"])] == [6, 7]
+    assert [(line["step"], line["lr"]) for line in losses_of(branch["out"])] == [(6, 0.03), (7, 0.03)]
     with pytest.raises(FileNotFoundError, match="nowhere"):
         trainer(**branch, steps=8, resume=str(tmp_path / "nowhere")).run()
     with pytest.raises(ValueError, match="none of its checkpoints"):
@@ -222,6 +229,34 @@ def test_nothing_is_complete_before_it_is_synced(options, monkeypatch):
     assert before.index(partial) > max(before.index(f"{partial}/{name}") for name in ("run.json", "__0_0.distcp"))
     assert f"{options['out']}/log.jsonl" in before
     assert synced[-1] == f"{options['out']}/state"
+
+
+def test_a_checkpoint_half_removed_is_none(options, monkeypatch):
+    trainer(**options, steps=2, checkpoint_every=1, keep_checkpoints=9).run()
+    first, second = complete_checkpoints(f"{options['out']}/state")
+
+    def killed(path, **_):
+        os.remove(path / "__0_0.distcp")
+        raise Crash
+
+    monkeypatch.setattr(state.shutil, "rmtree", killed)
+    with pytest.raises(Crash):
+        state.remove_checkpoint(first)
+    assert complete_checkpoints(first.parent) == [second]
+
+
+def test_options_are_written_whole_or_not_at_all(options, monkeypatch):
+    trainer(**options, steps=1).run()
+
+    def killed(path, content):
+        path.write_text('{"lr":')
+        raise Crash
+
+    monkeypatch.setattr("lumos.train.resume.write_options", killed)
+    with pytest.raises(Crash):
+        trainer(**options, steps=2).run()
+    monkeypatch.undo()
+    assert trainer(**options, steps=2).run().steps == 2
 
 
 def test_damaged_checkpoints_are_named(options):

@@ -31,7 +31,7 @@ from lumos.train.log import LOG_HEADER, RunLog, log_header, open_board, read_log
 from lumos.train.lora import add_lora, merged, save_adapter
 from lumos.train.nonfinite import StepGuard, explain
 from lumos.train.peak import Peak
-from lumos.train.schedule import make_schedule
+from lumos.train.schedule import lr_factor, make_schedule
 from lumos.train.signals import StoppedError, StopRequest
 from lumos.train.state import (
     Checkpoints,
@@ -164,11 +164,20 @@ class Trainer:
                 del state["random"]  # one for each process that wrote it
             self.step = checkpoint_step(start)
             self._own_start = start if start.parent.resolve() == (self.out / resume.STATE).resolve() else None
+            options = [{**group, "params": None} for group in self.optimizer.param_groups]
             load_checkpoint(start, state)
+            self._keep_options(options)
             if "random" not in state:
                 self._seed_process()
         if self.parallel.is_main:
             resume.write_run_options(self.config)
+
+    def _keep_options(self, options: list[dict[str, Any]]) -> None:
+        """Rates and decays are the options', not the checkpoint's: a longer run has another schedule."""
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            lr = own["initial_lr"] * lr_factor(self.config, self.step)
+            group.update({**own, "params": group["params"], "lr": lr})
+        self.schedule.base_lrs = [own["initial_lr"] for own in options]
 
     def _run_steps(self, checkpoints: Checkpoints, stop: StopRequest) -> None:
         with tqdm(total=self.config.steps, initial=self.step, disable=not self.progress, unit="step") as self._bar:

@@ -147,9 +147,14 @@ class Checkpoints:
         self._pending = (writer.final, future)
 
     @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written now."""
+        return self._pending is not None and not self._pending[1].done()
+
+    @property
     def failed(self) -> bool:
-        """Whether the checkpoint being written is known to have failed; wait() raises why."""
-        return self._pending is not None and self._pending[1].done() and self._pending[1].exception() is not None
+        """Whether the checkpoint that was being written has failed; wait() raises why."""
+        return self._pending is not None and not self.writing and self._pending[1].exception() is not None
 
     def wait(self) -> None:
         """Waits until nothing is being written. SaveError, on every process, if the checkpoint failed on one."""
