@@ -6,6 +6,7 @@ import resource
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,15 @@ def test_a_finished_run_can_be_made_longer(options, tmp_path):
     assert_same(state_of(options["out"], tmp_path), state_of(whole["out"], tmp_path))
     with pytest.raises(ValueError, match="steps 3 lies before the 6 steps"):
         trainer(**options, steps=3).run()
+
+
+def test_each_process_draws_its_own_dropout(options):
+    run, states = trainer(**options), []
+    for run.parallel in (replace(run.parallel, rank=rank) for rank in (0, 1, 0)):
+        run._seed_process()
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[1])
 
 
 def test_a_longer_run_follows_its_own_schedule(options):

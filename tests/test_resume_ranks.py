@@ -50,7 +50,7 @@ def test_two_processes_go_on_bit_for_bit(options, tmp_path):
     assert_same(state_of(again["out"], tmp_path), state_of(options["out"], tmp_path))
     random = state_of(options["out"], tmp_path)["random"]
     assert sorted(random) == ["0", "1"]
-    assert not torch.equal(random["0"]["cpu"], random["1"]["cpu"]), "dropout must differ between processes"
+    assert not torch.equal(random["0"]["cpu"], random["1"]["cpu"])
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
