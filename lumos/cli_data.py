@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lumos.cli_generate import parse_size
+from lumos.cli_generate import parse_shard, parse_size
 from lumos.cosmos import check_codec
 from lumos.data.buckets import BUCKETS
 
@@ -50,6 +50,12 @@ def add_data(commands: Any) -> None:
     )
     command.add_argument("--device", default="auto", help="where cosmos runs: cpu, cuda, or auto")
     command.add_argument("--workers", type=int, default=1, help="processes that read and encode (default 1)")
+    command.add_argument(
+        "--shard",
+        type=parse_shard,
+        default=(1, 1),
+        help="i/n: the i-th of n parts of the clips, into a folder of its own",
+    )
 
     command = commands.add_parser(
         "convert",
@@ -62,15 +68,18 @@ def add_data(commands: Any) -> None:
     command.add_argument("--workers", type=int, default=1, help="processes that read (default 1)")
 
 
-def _tokenize(clips: list[str], caption: list[str], out: str, codec: str, device: str, **options: Any) -> None:
+def _tokenize(
+    clips: list[str], caption: list[str], out: str, codec: str, device: str, shard: tuple[int, int], **options: Any
+) -> None:
     from lumos.cosmos import load_codec
     from lumos.data import find_clips, tokenize_clips
+    from lumos.evaluation import shard as part_of
     from lumos.tokens import load_tokenizer
 
     options["tokenizer"] = load_tokenizer(options["tokenizer"])
     if options["buckets"] is not None:
         options["max_pixels"] = None
-    found = find_clips(clips, caption)
+    found = part_of(find_clips(clips, caption), *shard)
     _run(lambda: tokenize_clips(found, out, load_codec(codec, device), **options), out)
 
 

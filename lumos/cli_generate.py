@@ -48,7 +48,7 @@ def add_generate(commands: Any) -> None:
     files.add_argument("--layout", choices=("vbench", "geneval"), default="vbench", help="of the folder (vbench)")
     files.add_argument("--suffix", help="of the files (default .mp4, for geneval .png)")
     files.add_argument("--samples", type=int, default=1, help="of each prompt (default 1)")
-    files.add_argument("--shard", type=_shard, default=(1, 1), help="i/n: the i-th of n parts, i from 1")
+    files.add_argument("--shard", type=parse_shard, default=(1, 1), help="i/n: the i-th of n parts, i from 1")
     files.add_argument("--documents-per-pass", type=int, default=1, help="samples made together (default 1)")
 
     sampling = command.add_argument_group("sampling")
@@ -76,7 +76,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _shard(text: str) -> tuple[int, int]:
+def parse_shard(text: str) -> tuple[int, int]:
     part, separator, parts = text.partition("/")
     if not separator or not part.isdigit() or not parts.isdigit():
         raise argparse.ArgumentTypeError(f"expected i/n, e.g. 1/4, got {text!r}")

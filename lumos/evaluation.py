@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -18,6 +18,7 @@ LAYOUTS = ("vbench", "geneval")
 # Longer captions written by a language model, under upstream's names; they take precedence over the short ones.
 _CAPTIONS = ("prompt_rewrite_qwen32b", "prompt_en_qwen32b_vl", "prompt", "prompt_en")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def read_items(path: str | Path) -> list[Item]:
     return items
 
 
-def shard(items: Sequence[Item], part: int, parts: int) -> list[Item]:
+def shard(items: Sequence[T], part: int, parts: int) -> list[T]:
     """The part-th of `parts` runs of the items, part from 1; the first runs are one longer where it does not divide.
 
     The same division as upstream's --part "[part, parts]".

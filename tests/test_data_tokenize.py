@@ -338,3 +338,16 @@ def test_command_line(tmp_path, capsys):
     with SampleWriter(tmp_path / "out"):
         assert main([*arguments, "--seconds", "1"]) == 2
     assert "one writer a folder" in capsys.readouterr().err
+
+
+def test_shards_of_the_clips(tmp_path, capsys):
+    clips_of(tmp_path / "clips", 5)
+    sources = []
+    for part in (1, 2):
+        out = str(tmp_path / f"out{part}")
+        arguments = ["tokenize", str(tmp_path / "clips"), "--caption", "x", "--out", out, "--shard", f"{part}/2"]
+        assert main([*arguments, "--fps", "4", "--seconds", "1", "--size", "32x64"]) == 0
+        sources.append([os.path.basename(sample.source) for sample in SampleFolder(out)])
+    assert sources == [["0.mp4", "1.mp4", "2.mp4"], ["3.mp4", "4.mp4"]]
+    assert main([*arguments[:-1], "3/2"]) == 2
+    assert "shard must be i/n" in capsys.readouterr().err

@@ -83,7 +83,8 @@ def tokenize_clips(
     sizes = None if buckets is None else bucket_sizes(buckets)
     tokenizer, template = tokenizer or ByteTokenizer(), read_template(template)
     encode = partial(_encode, codec=codec, tokenizer=tokenizer, template=template, size=sizes or size, limit=max_pixels)
-    made = (type(codec).__name__, getattr(codec, "folder", ""), template, size, buckets, max_pixels)
+    weights = os.path.abspath(codec.folder) if hasattr(codec, "folder") else ""
+    made = (type(codec).__name__, weights, template, size, buckets, max_pixels)
     over: set[int] = set()  # clips, by their place, that have no further windows
     with (
         Additions(out) as additions,
