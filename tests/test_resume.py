@@ -14,8 +14,8 @@ from training import assert_same, finish, get_stuck, losses_of, start, state_of,
 
 from lumos import Lumos
 from lumos.cli import main
-from lumos.train import EXIT_STOPPED, ResumeError, SaveError, export, state
-from lumos.train.state import complete_checkpoints, newest_checkpoint
+from lumos.train import EXIT_STOPPED, ResumeError, SaveError, StoppedError, export, state
+from lumos.train.state import checkpoint_step, complete_checkpoints, newest_checkpoint
 
 
 class Crash(Exception):
@@ -108,6 +108,21 @@ def test_a_restart_by_torchrun_goes_on_where_overwrite_would_start_anew(options,
     assert seen == [2, 3]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_restart_by_torchrun_goes_on_where_a_named_checkpoint_would_start_again(
+    options, tmp_path, monkeypatch, overwrite
+):
+    trainer(**options, steps=2).run()
+    branch = {**options, "out": str(tmp_path / "branch"), "resume": options["out"], "overwrite": overwrite}
+    crash_after(trainer(**branch, steps=8, checkpoint_every=2), 7)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run, seen = trainer(**branch, steps=8, checkpoint_every=2), []
+    run.after_step.append(lambda stats: seen.append(run.step))
+    run.run()
+    assert seen == [6, 7]
+    assert [line["step"] for line in losses_of(branch["out"])] == list(range(2, 8))
+
+
 def test_a_checkpoint_can_be_named(options, tmp_path):
     trainer(**options, steps=6, checkpoint_every=2, keep_checkpoints=9).run()
     whole, last = losses_of(options["out"]), state_of(options["out"], tmp_path)
@@ -128,6 +143,44 @@ def test_a_checkpoint_can_be_named(options, tmp_path):
         trainer(**branch, steps=8, resume=str(tmp_path / "nowhere")).run()
     with pytest.raises(ValueError, match="none of its checkpoints"):
         trainer(**branch, steps=9, resume=options["out"]).run()
+
+
+def test_a_renamed_checkpoint_can_be_named_and_replaces_another_run(options, tmp_path):
+    trainer(**options, steps=4).run()
+    os.rename(f"{options['out']}/state/step-00000004", tmp_path / "best")
+    other = {**options, "out": str(tmp_path / "other")}
+    trainer(**other, seed=3, steps=5).run()
+    assert trainer(**other, steps=6, resume=str(tmp_path / "best"), overwrite=True).run().steps == 6
+    assert [line["step"] for line in losses_of(other["out"])] == [4, 5], "no line of the run that was replaced"
+
+
+def test_weights_that_no_checkpoint_goes_on_from_are_not_replaced_unasked(options, tmp_path):
+    trainer(**options, steps=2, checkpoint_every=0).run()
+    with pytest.raises(ValueError, match="has ended and kept no checkpoint to go on from"):
+        trainer(**options, steps=2, checkpoint_every=0).run()
+    assert Lumos.from_pretrained(tmp_path / "run" / "checkpoint")
+    assert trainer(**options, steps=2, checkpoint_every=0, overwrite=True).run().steps == 2
+
+
+def test_a_log_of_which_a_power_failure_left_zeros_is_cut_there(options):
+    crash_after(trainer(**options, steps=6, checkpoint_every=2), 6)
+    newest = checkpoint_step(newest_checkpoint(f"{options['out']}/state"))
+    with open(f"{options['out']}/log.jsonl", "rb+") as log:
+        lines = log.readlines()
+        log.seek(sum(map(len, lines[:newest])))
+        log.write(bytes(len(lines[newest]) - 20))
+    trainer(**options, steps=6, checkpoint_every=2).run()
+    assert [line["step"] for line in losses_of(options["out"])] == list(range(6))
+
+
+def test_a_checkpoint_of_another_device_is_continued(options, monkeypatch):
+    """... without its random states."""
+    trainer(**options, steps=2).run()
+    run = trainer(**options, steps=3)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+    run.device = torch.device("cuda")
+    run._resume(newest_checkpoint(f"{options['out']}/state"))
+    assert run.step == 2
 
 
 def test_what_a_kill_left_is_no_checkpoint_and_goes_at_the_next_save(options):
@@ -368,6 +421,14 @@ def test_a_second_signal_stops_at_once(options):
     assert finish([process], 10) == [-signal.SIGTERM]
 
 
+@pytest.mark.parametrize("anew", [{"overwrite": True}, {"resume": "never"}])
+def test_a_stopped_run_tells_what_to_change_in_a_command_that_would_start_anew(options, anew):
+    run = trainer(**options, steps=9, **anew)
+    run.after_step.append(lambda stats: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedError, match=r"the command with resume auto and without overwrite goes on from .*00001"):
+        run.run()
+
+
 def test_the_command_line_stops_with_its_own_exit_code(options, monkeypatch, capsys):
     def stop_early(stats):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -378,6 +439,7 @@ def test_the_command_line_stops_with_its_own_exit_code(options, monkeypatch, cap
     assert main(["train", "--data", *options["data"], "--steps", "9"]) == EXIT_STOPPED == 75
     error = capsys.readouterr().err
     assert "stopped after 1 of 9 steps" in error
+    assert "the same command goes on from" in error
     assert "step-00000001" in error
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

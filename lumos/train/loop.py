@@ -160,8 +160,8 @@ class Trainer:
             if differing:
                 warnings.warn(f"{start} is of a run with other options: {'; '.join(differing)}", stacklevel=4)
             state = self.state()
-            if description["world_size"] != self.parallel.world_size:
-                del state["random"]  # one for each process that wrote it
+            if [description[name] for name in ("world_size", "device")] != [self.parallel.world_size, self.device.type]:
+                del state["random"]  # one for each process that wrote it, and for its device
             self.step = checkpoint_step(start)
             self._own_start = start if start.parent.resolve() == (self.out / resume.STATE).resolve() else None
             options = [{**group, "params": None} for group in self.optimizer.param_groups]
@@ -236,6 +236,7 @@ class Trainer:
         description = {
             "format": 1,
             "world_size": self.parallel.world_size,
+            "device": self.device.type,
             "config": self.config.to_dict(),
             "model": self.model.config.to_dict(),
             "torch": torch.__version__,
@@ -255,7 +256,9 @@ class Trainer:
     def _stop(self, checkpoints: Checkpoints) -> None:
         self._logged(self.log.flush())
         path = self._save_now(checkpoints)
-        then = f"the same command goes on from {path}" if path else "nothing was kept: checkpoint_every is 0"
+        anew = self.config.overwrite or self.config.resume != "auto"
+        command = "the command with resume auto and without overwrite" if anew else "the same command"
+        then = f"{command} goes on from {path}" if path else "nothing was kept: checkpoint_every is 0"
         raise StoppedError(f"stopped after {self.step} of {self.config.steps} steps; {then}", path)
 
     @contextlib.contextmanager

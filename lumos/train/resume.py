@@ -39,7 +39,7 @@ def choose_start(config: TrainConfig) -> Path | None:
     resume="auto" continues the run in `out` if it is the same run: all options equal but FREE_OPTIONS. Without a
     complete checkpoint it starts again. The log is cut back to the checkpoint; checkpoints of later steps, where resume
     names an earlier one, are removed. A run that is replaced (overwrite) loses log, weights and checkpoints; a restart
-    by torchrun never replaces what it is the restart of.
+    by torchrun goes on from the newest checkpoint of what it is the restart of, whatever overwrite and resume say.
 
     Raises ValueError where `out` holds another run, naming the options that differ, or where it may not be continued,
     and FileNotFoundError where resume names no checkpoint. One process of a run calls this.
@@ -49,14 +49,17 @@ def choose_start(config: TrainConfig) -> Path | None:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     start = None
     if config.resume not in ("auto", "never"):
-        start = find_checkpoint(config.resume)
-        if earlier and not config.overwrite and start.parent.resolve() != (out / STATE).resolve():
+        own = restarted and _options_of(out) == config.to_dict()
+        start = (newest_checkpoint(out / STATE) if own else None) or find_checkpoint(config.resume)
+        if earlier and not (config.overwrite or own) and start.parent.resolve() != (out / STATE).resolve():
             raise ValueError(_refusal(out, earlier, f"and {start} is none of its checkpoints"))
     elif earlier and (restarted or not config.overwrite):
         if config.resume == "never" and not restarted:
             raise ValueError(_refusal(out, earlier, "and resume is never"))
         _check_same_run(config, out, earlier)
         start = newest_checkpoint(out / STATE)
+        if start is None and WEIGHTS in earlier:
+            raise ValueError(_refusal(out, earlier, "which has ended and kept no checkpoint to go on from"))
     if start is not None and checkpoint_step(start) > config.steps:
         raise ValueError(f"steps {config.steps} lies before the {checkpoint_step(start)} steps of {start}")
     _make_ready(out, start)
@@ -82,13 +85,13 @@ def differing_options(saved: Mapping[str, Any], config: TrainConfig) -> list[str
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Removes the lines of step `step` and later, and a line that was not finished."""
+    """Removes the lines of step `step` and later, and what a crash or a power failure made of the last ones."""
     if not path.is_file():
         return
     end = 0
     with path.open("rb+") as log:
         for line in log:
-            if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+            if not line.endswith(b"\n") or (number := _step_of(line)) is None or number >= step:
                 break
             end += len(line)
         log.truncate(end)
@@ -96,10 +99,23 @@ def cut_log(path: Path, step: int) -> None:
         os.fsync(log.fileno())
 
 
+def _step_of(line: bytes) -> int | None:
+    """None for a line that is damaged: blocks of the log that a power failure left as zeros."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return None
+
+
+def _options_of(out: Path) -> dict[str, Any] | None:
+    return read_options(out / OPTIONS) if (out / OPTIONS).is_file() else None
+
+
 def _check_same_run(config: TrainConfig, out: Path, earlier: list[str]) -> None:
-    if not (out / OPTIONS).is_file():
+    saved = _options_of(out)
+    if saved is None:
         raise ValueError(_refusal(out, earlier, f"but no {OPTIONS} that tells its options"))
-    differing = differing_options(read_options(out / OPTIONS), config)
+    differing = differing_options(saved, config)
     if differing:
         raise ValueError(_refusal(out, earlier, f"with other options: {'; '.join(differing)}"))
 
@@ -112,14 +128,16 @@ def _make_ready(out: Path, start: Path | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob(f".{WEIGHTS}.new-*"):  # of a run that was killed while it wrote its weights
         shutil.rmtree(path)
-    step = 0 if start is None else checkpoint_step(start)
-    cut_log(out / LOG, step)
-    if start is None or start.parent.resolve() != (out / STATE).resolve():
-        shutil.rmtree(out / STATE, ignore_errors=True)
-        shutil.rmtree(out / WEIGHTS, ignore_errors=True)
-    for path in complete_checkpoints(out / STATE):
-        if checkpoint_step(path) > step:
+    own = start is not None and start.parent.resolve() == (out / STATE).resolve()
+    for path in complete_checkpoints(out / STATE):  # before the log is cut: the newest one finds its lines at any time
+        if not own or checkpoint_step(path) > checkpoint_step(start):
             remove_checkpoint(path)
+    if own:
+        cut_log(out / LOG, checkpoint_step(start))
+        return
+    (out / LOG).unlink(missing_ok=True)
+    for folder in (STATE, WEIGHTS):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def check_continues(description: Mapping[str, Any], config: TrainConfig, path: Path) -> list[str]:

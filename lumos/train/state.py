@@ -238,8 +238,9 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The number of steps done when a checkpoint was taken."""
-    return int(_NAME.fullmatch(path.name)[1])
+    """The number of steps done when a checkpoint was taken; of one that was renamed, from its description."""
+    name = _NAME.fullmatch(path.name)
+    return int(name[1]) if name else int(read_description(path)["step"])
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
