@@ -160,8 +160,8 @@ def test_what_a_seed_means_is_pinned(videos, images):
     plan = batches.next_plan()
     found = [(draw.place, draw.source, draw.sample, draw.length) for draw in plan[0].documents]
     masks = [(batch.num_targets, int(batch.masked.rows.sum())) for batch in map(batches.load, plan)]
-    assert found == [(0, 0, 3, 85), (2, 1, 2, 67), (4, 0, 4, 145), (5, 1, 3, 99)]
-    assert masks == [(157, 35841), (158, 35595), (101, 18057), (112, 25191)]
+    assert found == [(0, 0, 3, 85), (1, 0, 4, 137), (4, 0, 5, 173)]
+    assert masks == [(157, 36425), (124, 27457), (168, 30634), (121, 26542)]
 
 
 def test_given_frames_are_as_many_as_asked_for_and_one_is_left(videos, images):
@@ -359,10 +359,10 @@ def test_another_budget_goes_on_with_the_documents_that_were_not_seen(videos, im
 
 
 class Watched:
-    """A dataset that notes which thread reads which sample."""
+    """A dataset that notes whether the main thread reads a sample, and which, or describes one."""
 
     def __init__(self, dataset):
-        self.dataset, self.reads, self.descriptions = dataset, [], 0
+        self.dataset, self.reads, self.descriptions, self.described_here = dataset, [], 0, False
 
     def __len__(self):
         return len(self.dataset)
@@ -373,19 +373,29 @@ class Watched:
 
     def describe(self, at):
         self.descriptions += 1
+        self.described_here |= threading.current_thread() is threading.main_thread()
         return self.dataset.describe(at)
 
 
-def test_the_streams_of_the_next_step_are_read_in_the_background_and_no_others(videos):
+def settle(batches):
+    """Waits until the next step is planned, and then until its streams are read."""
+    for _ in range(2):
+        batches._reader.submit(int).result()
+
+
+def test_the_next_step_is_planned_and_its_own_streams_are_read_in_the_background(videos):
     dataset = Watched(SampleFolder(videos))
     batches = PackedBatches([(DataSource(videos), dataset)], TrainConfig(**PACKED), CLASSES, rank=1, ranks=2)
+    dataset.described_here = False
     plans = [batches.next_plan() for _ in range(2)]
     [batches.load(stream) for stream in plans[1][1::2]]
-    batches._reader.submit(int).result()  # all that was begun is done
+    settle(batches)
+    assert not dataset.described_here
     assert not any(main for main, _ in dataset.reads)
     own = [draw.sample for plan in plans for stream in plan[1::2] for draw in stream.documents]
+    reads = len(dataset.reads)
     ahead = [draw.sample for stream in batches.next_plan()[1::2] for draw in stream.documents]
-    batches._reader.submit(int).result()
+    assert reads == len(own + ahead)
     assert [at for _, at in dataset.reads][: len(own + ahead)] == own + ahead
 
 

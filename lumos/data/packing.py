@@ -46,8 +46,8 @@ def shuffled(index: int, size: int, key: int) -> int:
     while True:
         left, right = index >> low, index & low_bits
         for number in range(0, rounds, 2):
-            left ^= mix(key ^ number, right) & high_bits
-            right ^= mix(key ^ (number + 1), left) & low_bits
+            left ^= mix(key ^ number << 32 ^ right) & high_bits
+            right ^= mix(key ^ number + 1 << 32 ^ left) & low_bits
         index = left << low | right
         if index < size:
             return index

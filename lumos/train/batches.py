@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class PackedBatches:
     sources: what is done to the samples of each dataset, and the dataset.
     options: seed, token_budget, documents, micro_batches, look_ahead, pad_to_budget, too_long, text_drop, the masks'.
     classes: ids (lo, hi) that can be targets: LumosConfig.classes.
-    rank, ranks: this process loads plan[rank::ranks]; one thread reads these streams of the next step ahead.
+    rank, ranks: this process loads plan[rank::ranks]; a thread plans the next step and reads these streams ahead.
 
     A document longer than the budget is named in a ValueError: at once if it is among the samples of its source that
     are looked at here (all up to CHECKED, spread over the source; READ of sources that must read a sample to know its
@@ -96,17 +96,15 @@ class PackedBatches:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lumos-batches")
         self._packer = self._new_packer()
         self._state = self._packer.state()
-        self._ahead: _Ahead | None = None
+        self._ahead: Future[_Ahead] | None = None
         self._loading: dict[Bin, Future[MicroBatch]] = {}
 
     def next_plan(self) -> list[Bin]:
         """The streams of the next step: options.micro_batches Bins, from the indices alone."""
-        ahead = self._ahead or self._plan()
-        self._ahead = ahead
-        if ahead.error is not None:
-            raise ahead.error
+        self._ahead = self._ahead or self._reader.submit(self._plan)
+        ahead = self._ahead.result()  # raises what planning raised, now and whenever this step is asked for
         self._state, self._loading = ahead.state, ahead.loading
-        self._ahead = self._plan()
+        self._ahead = self._reader.submit(self._plan)
         return ahead.bins
 
     def load(self, stream: Bin) -> MicroBatch:
@@ -133,6 +131,8 @@ class PackedBatches:
                 f"the state is of other data: seed, and samples and weight of each source, were {state.get('order')}, "
                 f"here they are {self._order()}"
             )
+        if self._ahead is not None:
+            wait([self._ahead])
         self._packer = self._new_packer()
         self._packer.load(dict(state))
         self._state, self._ahead, self._loading = self._packer.state(), None, {}
@@ -150,11 +150,8 @@ class PackedBatches:
         return {str(source.path): count for (source, _), count in counts}
 
     def _plan(self) -> _Ahead:
-        """Plans a step and starts to read this process's streams of it. An error waits until the step is asked for."""
-        try:
-            bins = [self._packer.next() for _ in range(self.options.micro_batches)]
-        except (ValueError, OSError) as error:
-            return _Ahead([], {}, {}, error)
+        """Plans a step and has this process's streams of it read; in the reader's thread."""
+        bins = [self._packer.next() for _ in range(self.options.micro_batches)]
         loading = {stream: self._reader.submit(self._load, stream) for stream in bins[self._mine]}
         return _Ahead(bins, self._packer.state(), loading)
 
@@ -253,12 +250,11 @@ class PackedBatches:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A planned step: its streams, the state behind it, the reading of this process's share; or why there is none."""
+    """A planned step: its streams, the state behind it, the reading of this process's share."""
 
     bins: list[Bin]
     state: dict[str, Any]
     loading: dict[Bin, Future[MicroBatch]]
-    error: Exception | None = None
 
 
 def open_sources(data: Sequence[DataSource | str | Path]) -> list[tuple[DataSource, Samples]]:
