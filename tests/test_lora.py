@@ -1,6 +1,10 @@
 """lumos/train/lora.py: adapters alone are trained, survive resuming, merge exactly, and are peft's."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +13,10 @@ from test_train import folder, small_config  # noqa: F401
 
 from lumos import Lumos, mask_tokens
 from lumos.data import SampleFolder
+from lumos.options import write_options
 from lumos.train import TrainConfig, Trainer, read_log
 from lumos.train.export import export
+from lumos.train.loop import _make_model
 from lumos.train.lora import TARGETS, add_lora
 
 peft = pytest.importorskip("peft")
@@ -108,6 +114,36 @@ def test_the_loss_falls(folder, base, tmp_path):  # noqa: F811
     assert sum(got[-3:]) / 3 < got[0] - 0.1
 
 
+def test_two_processes_train_the_adapters_and_the_average_of_one(folder, base, tmp_path, monkeypatch):  # noqa: F811
+    common = {"steps": 3, "micro_batches": 2, "ema": 0.5, "lr": 1e-2}
+    run(options(folder, base, tmp_path / "one", **common))
+    config = options(folder, base, tmp_path / "two", **common)
+    write_options(tmp_path / "two.yaml", config.to_dict())
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "lumos.cli",
+    ]
+    done = subprocess.run(
+        [*command, "train", "--config", str(tmp_path / "two.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert list(one) == list(two)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -130,3 +166,9 @@ def test_a_missing_peft_is_named(monkeypatch):
     monkeypatch.setattr("lumos.train.lora.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'lumos-kernels\[lora\]'"):
         TrainConfig(init="x", lora_rank=4)
+
+
+def test_init_may_name_a_subfolder(base, tmp_path, folder):  # noqa: F811
+    model = _make_model(options(folder, f"{tmp_path}:{base.name}", tmp_path, lora_rank=0))
+    want = Lumos.from_pretrained(base).state_dict()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())

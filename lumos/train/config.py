@@ -51,7 +51,9 @@ class TrainConfig:
     seed: int = option(0, "seed of weights, data order, text drop and masks")
 
     preset: str = option("tiny", "model sizes for training from scratch: tiny, 1B or 3B")
-    init: str | None = option(None, "folder or hub id of a checkpoint to start from, instead of a preset")
+    init: str | None = option(
+        None, "checkpoint to start from, not a preset: folder, or OWNER/NAME[:SUBFOLDER] of the hub"
+    )
 
     token_budget: int = option(0, "tokens of a stream, filled with whole documents of any size; 0: `documents` each")
     documents: int = option(1, "documents of a stream, where there is no token_budget")

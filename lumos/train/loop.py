@@ -310,7 +310,8 @@ def _make_model(config: TrainConfig) -> Lumos:
     if config.init is None:
         model = Lumos(LumosConfig.preset(config.preset))
     else:
-        model = Lumos.from_pretrained(config.init, dtype=torch.float32)
+        path, _, subfolder = (config.init, "", "") if Path(config.init).is_dir() else config.init.partition(":")
+        model = Lumos.from_pretrained(path, subfolder or None, dtype=torch.float32)
     model.impl = config.impl
     kind = config.activation_checkpointing
     model.checkpoint_layers(int(kind != "none"), selective=kind == "selective")
