@@ -215,6 +215,19 @@ def test_any_program_of_opcodes_gives_a_value_or_a_value_error(program):
             read_plain(whole)
 
 
+def test_a_run_of_integers_is_as_many_values():
+    four = b"K\x01K\x02K\x03K\x04"
+    assert read_plain(four + b".") == 4
+    for program in (b"]" + four + b"a.", b"}" + four + b"s."):  # the third value is no list, the second no dict
+        with pytest.raises(ValueError, match="expected a (list|dict)"):
+            read_plain(program)
+
+
+def test_memo_places_and_lone_surrogates():
+    assert read_plain(b"}q\x07X\x01\x00\x00\x00aq\x03h\x03s.") == {"a": "a"}
+    assert read_plain(pickle.dumps("\ud800", 4)) == "\ud800"
+
+
 def test_values_that_hold_themselves_are_refused():
     loop = [1]
     loop.append(loop)
