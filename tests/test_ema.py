@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from host_syncs import NoHostSync
 from test_train import folder, small_config, tiny_preset  # noqa: F401
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -46,6 +47,13 @@ def test_a_skipped_step_changes_no_bit():
     assert all(map(torch.equal, average.state_dict().values(), before))
     average.update(NO)
     assert not torch.equal(average.state_dict()["0.weight"], before[0])
+
+
+def test_the_host_never_waits():
+    weights = model()
+    average = WeightAverage(weights, 0.5)
+    with NoHostSync():
+        average.update(YES)
 
 
 def test_the_average_is_in_the_model_inside_and_its_own_weights_behind():

@@ -3,14 +3,18 @@
 import io
 import json
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from host_syncs import HostSync, NoHostSync
 from test_nonfinite import BAD_STEP, GOOD_STEP, Run, small_model
+from test_train import folder, tiny_preset  # noqa: F401
 
 from lumos.parallel import Parallel
-from lumos.train.log import RunLog
+from lumos.train import TrainConfig, read_log, train
+from lumos.train.log import RunLog, open_board
 from lumos.train.peak import PUBLISHED, Peak, measured_flops
 from lumos.train.step import StepStats
 
@@ -63,6 +67,18 @@ def test_mfu_is_useful_flops_over_time_and_peak(monkeypatch):
     flops = sum(config.training_flops(batch.layout, batch.num_targets) for batch in GOOD_STEP)
     assert line["seconds"] == 0.5
     assert line["mfu"] == pytest.approx(flops / 0.5 / 1e12, rel=1e-3)
+
+
+def test_padding_is_no_useful_work(monkeypatch):
+    times = iter([0.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr("lumos.train.log.time.perf_counter", lambda: next(times))
+    log, padded = run_log(), [replace(batch, padding=20) for batch in GOOD_STEP]
+    [with_padding, without] = (
+        (log.begin_step(), log.end_step(0, 0.1, stats(), batches, 0.0, []))[1][0] for batches in (padded, GOOD_STEP)
+    )
+    assert without["tokens"] - with_padding["tokens"] == 40
+    unused = 3 * log.model.forward_flops(40, 0, 0)
+    assert (without["mfu"] - with_padding["mfu"]) * 1e12 == pytest.approx(unused, rel=1e-2)
 
 
 def test_training_flops_of_frozen_weights_leave_their_gradients_out():
@@ -131,6 +147,9 @@ class FakeConfig:
     def training_flops(self, layout, num_targets, frozen):
         return 1
 
+    def forward_flops(self, tokens, pairs, targets):
+        return 0
+
 
 def test_the_board_gets_every_number():
     class Board:
@@ -147,6 +166,24 @@ def test_the_board_gets_every_number():
     assert board.seen["frame_losses/0"] == (1.0, 4)
     assert "frame_losses/1" not in board.seen
     assert {name for name in board.seen if "/" not in name} == set(line) - {"step", "frame_losses"}
+
+
+def test_tensorboard_reads_what_a_run_wrote(folder, tmp_path, tiny_preset):  # noqa: F811
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = {"data": (str(folder),), "out": str(tmp_path), "tensorboard": True}
+    for steps in (2, 3):  # the second run goes on with the first
+        lines = list(read_log(train(TrainConfig(**options, steps=steps), progress=False).log))
+    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    seen = {event.step: event.value for event in board.Scalars("loss")}
+    assert seen == pytest.approx({line["step"]: line["loss"] for line in lines}, rel=1e-5)
+    header = json.loads((tmp_path / "log_header.json").read_text())
+    assert (header["processes"], header["mfu_is_against"]) == (1, "matmul rate measured on this machine, float32")
+
+
+def test_a_missing_tensorboard_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'lumos-kernels\[tensorboard\]'"):
+        open_board(tmp_path, 0)
 
 
 def test_peak_of_known_gpus_is_published(monkeypatch):

@@ -103,6 +103,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_state_as_if_it_had_not_been
 def test_a_bad_first_step_leaves_fresh_optimizer_state():
     run, without = Run(stop=False), Run(stop=False)
     run.step(BAD_STEP)
+    assert not hasattr(run.optimizer, "found_inf"), "a step without a guard would be left out too"
     run.step(GOOD_STEP)
     without.step(GOOD_STEP)
     assert same(run.everything(), without.everything())

@@ -128,6 +128,9 @@ class RunLog:
         """
         tokens = sum(batch.num_tokens - batch.padding for batch in batches)
         flops = sum(self.model.training_flops(batch.layout, batch.num_targets, self.frozen) for batch in batches)
+        # Nobody wants the padding; attention over it, in short documents, is too little to be taken off as well.
+        padding = sum(batch.padding for batch in batches)
+        flops -= (2 if self.frozen else 3) * self.model.forward_flops(padding, 0, 0)
         self._window.append(Pending(number, lr, waste, keep, (tokens, flops), stats))
         self._clock.end()
         if len(self._window) < self.every:
