@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from bench import packing as bench
 from lumos.data.packing import Packer, Turns, best_fit, mix, shuffled, uniform
 
 weights = st.lists(st.one_of(st.integers(1, 9), st.floats(0.01, 10.0)), min_size=1, max_size=6)
@@ -212,7 +213,10 @@ def test_a_changed_budget_after_a_state_loses_no_document():
     first = take(packed, 10)
     again = packer((9, 5), budget=17, look_ahead=3)
     again.load(packed.state())
-    places = sorted(draw.place for draw in [*draws(first + take(again, 10)), *(draw for draw, _ in again._pool)])
+    assert again.waste == packed.waste
+    more = take(again, 10)
+    assert again.waste == pytest.approx(1 - sum(stream.length for stream in first + more) / (10 * 24 + 10 * 17))
+    places = sorted(draw.place for draw in [*draws(first + more), *(draw for draw, _ in again._pool)])
     assert places == list(range(len(places)))
 
 
@@ -264,3 +268,31 @@ def test_planning_of_ten_million_samples_takes_less_than_a_millisecond_a_documen
     begin = time.process_time()
     count = len(draws(take(packed, 40)))
     assert (time.process_time() - begin) / count < 1e-3
+
+
+# The report
+
+
+def test_the_report_s_other_packings_are_what_they_are_called():
+    lengths = [5, 6, 4, 3, 9, 1]
+    assert bench.in_order(iter(lengths), 10) == [1, 2, 1, 2]
+    assert bench.first_fit(iter(lengths), 10, 6) == [3, 2, 1]
+    assert bench.first_fit(iter(lengths), 10, 2) == [1, 2, 1, 2]
+    assert bench.padded_mixed(iter(lengths), 12) == (12 + 8 + 9 + 1, 4)
+    assert bench.padded_mixed(iter([4, 4, 4, 2]), 12) == (12 + 2, 2)
+
+
+def test_the_report_s_documents_lie_in_the_official_buckets():
+    sizes = bench.buckets(bench.PATCHES["384p"])
+    assert {(21, 12), (16, 16), (32, 8), (12, 21)} <= set(sizes)
+    assert (33, 7) not in sizes
+    assert bench.grid(16 / 9, bench.PATCHES["256p"]) == (32, 56)
+    assert bench.grid(16 / 9, bench.PATCHES["384p"]) == (48, 84)
+
+
+def test_the_report(capsys):
+    bench.main(["--budgets", "60000", "--streams", "40", "--samples", "1000"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 5 * len(bench.MIXES)
+    waste = [float(line.split("|")[4]) for line in lines if "best fit" in line]
+    assert max(waste[:3]) < 2

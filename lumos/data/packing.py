@@ -157,12 +157,12 @@ class Packer:
         self._pool: list[tuple[Draw, int]] = []  # the oldest first, each with its number inside its source
         self._dropped_in_a_row = [0] * len(self.sizes)
         self.dropped = [0] * len(self.sizes)
-        self.streams = self.tokens = 0
+        self.room = self.tokens = 0  # budgets of all streams so far, and what documents fill of them
 
     @property
     def waste(self) -> float:
         """Share of the budgets of all streams so far that no document fills; 0 without a budget."""
-        return 1 - self.tokens / (self.streams * self.budget) if self.budget and self.streams else 0.0
+        return 1 - self.tokens / self.room if self.room else 0.0
 
     def next(self) -> Bin:
         """The next stream. Raises ValueError naming a document that is longer than the budget, unless they drop."""
@@ -177,7 +177,8 @@ class Packer:
         for index in reversed(chosen):
             del self._pool[index]
         stream = Bin(draws, sum(draw.length for draw in draws))
-        self.streams, self.tokens = self.streams + 1, self.tokens + stream.length
+        if self.budget:
+            self.room, self.tokens = self.room + self.budget, self.tokens + stream.length
         return stream
 
     def state(self) -> dict[str, Any]:
@@ -186,7 +187,7 @@ class Packer:
             "turns": list(self._turns.counts),
             "pool": [[draw.place, draw.source, number] for draw, number in self._pool],
             "dropped": list(self.dropped),
-            "streams": self.streams,
+            "room": self.room,
             "tokens": self.tokens,
         }
 
@@ -197,7 +198,7 @@ class Packer:
         """
         self._turns.counts = list(state["turns"])
         self.dropped, self._dropped_in_a_row = list(state["dropped"]), [0] * len(self.sizes)
-        self.streams, self.tokens = state["streams"], state["tokens"]
+        self.room, self.tokens = state["room"], state["tokens"]
         self._pool = []
         for place, source, number in state["pool"]:
             self._join(place, source, number)

@@ -140,8 +140,8 @@ class PackedBatches:
     @property
     def waste(self) -> float:
         """Share of the token budgets of all streams planned so far, earlier runs included, that no document fills."""
-        streams, budget = self._state["streams"], self.options.token_budget
-        return 1 - self._state["tokens"] / (streams * budget) if streams and budget else 0.0
+        room = self._state["room"]
+        return 1 - self._state["tokens"] / room if room else 0.0
 
     @property
     def dropped(self) -> dict[str, int]:
