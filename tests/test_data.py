@@ -219,7 +219,7 @@ def test_a_run_of_integers_is_as_many_values():
     four = b"K\x01K\x02K\x03K\x04"
     assert read_plain(four + b".") == 4
     for program in (b"]" + four + b"a.", b"}" + four + b"s."):  # the third value is no list, the second no dict
-        with pytest.raises(ValueError, match="expected a (list|dict)"):
+        with pytest.raises(ValueError, match=r"expected a (list|dict)"):
             read_plain(program)
 
 
