@@ -7,10 +7,11 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
-from training import assert_same, finish, get_stuck, losses_of, start, state_of, trainer, write_samples
+from training import assert_same, finish, get_stuck, losses_of, start, state_of, tiny_model, trainer, write_samples
 
 from lumos import Lumos
 from lumos.cli import main
@@ -419,6 +420,19 @@ def test_a_second_signal_stops_at_once(options):
     assert process.is_alive()
     os.kill(process.pid, signal.SIGTERM)
     assert finish([process], 10) == [-signal.SIGTERM]
+
+
+def test_a_document_that_is_too_long_for_the_model_is_named(options):
+    """... from its index, on every process: a layout on a GPU is not looked at."""
+    with pytest.raises(ValueError, match=r"sample \d of .*tokens has \d+ tokens, more than max_position_embeddings 90"):
+        trainer(replace(tiny_model(), max_position_embeddings=90), **options, steps=1).run()
+
+
+def test_a_run_that_ends_early_closes_its_board(options, monkeypatch):
+    board = mock.Mock()
+    monkeypatch.setattr("lumos.train.loop.open_board", lambda folder, step: board)
+    crash_after(trainer(**options, steps=3, tensorboard=True), 2)
+    board.close.assert_called_once_with()
 
 
 @pytest.mark.parametrize("anew", [{"overwrite": True}, {"resume": "never"}])

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from tqdm import tqdm
 
 from lumos.config import LumosConfig
+from lumos.data.packing import Bin
 from lumos.model import Lumos
 from lumos.options import write_options
 from lumos.parallel import Parallel
@@ -195,6 +196,7 @@ class Trainer:
         """One optimizer step."""
         self.log.begin_step()
         plan = self.batches.next_plan()
+        self._check_lengths(plan)
         streams = plan[self.parallel.data_rank :: self.parallel.data_size]
         micro_batches = [self.batches.load(stream) for stream in streams]
         lr = self.optimizer.param_groups[0]["lr"]
@@ -213,6 +215,14 @@ class Trainer:
             call(stats)
         self._logged(self.log.end_step(self.step, lr, stats, micro_batches, self.batches.waste, streams))
         self.step += 1
+
+    def _check_lengths(self, plan: list[Bin]) -> None:
+        """Names what is too long for the model, on every process; Lumos.forward does not look at a GPU's layouts."""
+        limit = self.model.config.max_position_embeddings
+        for stream in plan:
+            for draw, name in zip(stream.documents, self.batches.names(stream), strict=True):
+                if draw.length > limit:
+                    raise ValueError(f"{name} has {draw.length} tokens, more than max_position_embeddings {limit}")
 
     def _logged(self, lines: list[dict[str, Any]]) -> None:
         """Shows new lines of the log. FloatingPointError for a step that was not finite, where that ends a run."""
@@ -270,9 +280,11 @@ class Trainer:
             board = open_board(self.out / "tensorboard", self.step) if self.config.tensorboard else None
         with open(path, "a") as log:
             self.log.open(peak, log, board)
-            yield log
-        if board is not None:
-            board.close()
+            try:
+                yield log
+            finally:  # it writes what it was told only now and then
+                if board is not None:
+                    board.close()
 
     @contextlib.contextmanager
     def _open_checkpoints(self, log: TextIO):
