@@ -20,7 +20,7 @@ import torch
 
 from lumos.data import SampleWriter
 from lumos.tokens import NUM_CODES, ByteTokenizer, build_document
-from lumos.train import TrainConfig, Trainer
+from lumos.train import TrainConfig, Trainer, training_step
 from lumos.train.state import Checkpoints, newest_checkpoint
 
 
@@ -49,9 +49,11 @@ def measure(folder: Path, rounds: int, steps: int) -> tuple[Times, int]:
             writer.add(build_document(ByteTokenizer().encode(f"clip {number}"), codes, seconds=1, fps=8))
     run = Trainer(TrainConfig(data=(str(folder / "tokens"),), out=str(folder / "run")), progress=False)
     checkpoints, times = Checkpoints(folder / "run" / "state", keep=1), Times()
-    for _ in range(3):
-        run._step()
     numbers = itertools.count()
+
+    def step() -> None:
+        streams = [run.batches.load(stream) for stream in run.batches.next_plan()]
+        float(training_step(run.model, run.optimizer, streams, run.config.clip).loss)
 
     def save() -> None:
         checkpoints.save(next(numbers), run.state(), {})
@@ -60,13 +62,15 @@ def measure(folder: Path, rounds: int, steps: int) -> tuple[Times, int]:
         save()
         checkpoints.wait()
 
+    for _ in range(3):
+        step()
     for _ in range(rounds):
         for _ in range(steps):
-            timed(run._step, times.step)
+            timed(step, times.step)
         begin = time.perf_counter()
         timed(save, times.pause)
         while checkpoints.writing:
-            timed(run._step, times.beside)
+            timed(step, times.beside)
         times.complete.append(time.perf_counter() - begin)
         timed(save_at_once, times.at_once)
     checkpoints.close()

@@ -16,6 +16,10 @@ def unfinished(run):
     return list((run / "state").glob(".step-*"))
 
 
+def leftovers(run):
+    return {(path.name, path.stat().st_ctime_ns) for path in unfinished(run)}
+
+
 def lines(run):
     """Finished lines of the log; a run that was just started has yet to cut it."""
     try:
@@ -62,9 +66,10 @@ def test_a_run_that_is_killed_is_the_uninterrupted_one(tmp_path, kills, every, s
     trainer(**options, out=str(whole)).run()
     lost, hit = [], 0
     for _ in range(kills):
+        older = leftovers(run)
         [process] = start({**options, "out": str(run)})
         kill_somewhere(process, run, chance)
-        hit += bool(unfinished(run))
+        hit += bool(leftovers(run) - older)
         complete = complete_checkpoints(run / "state")
         for path in complete:
             state_of(path, tmp_path)
