@@ -41,7 +41,12 @@ def crash_after(run, steps):
         run.run()
 
 
-def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(options, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9, "schedule": "cosine"}, {"lora_rank": 2, "ema": 0.5}])
+def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(options, tmp_path, more):
+    if "lora_rank" in more:
+        trainer(**{**options, "out": str(tmp_path / "begin")}, steps=1).run()
+        more = {**more, "init": str(tmp_path / "begin" / "checkpoint")}
+    options = {**options, **more}
     whole = {**options, "out": str(tmp_path / "whole")}
     trainer(**whole, steps=11, checkpoint_every=4).run()
     crash_after(trainer(**options, steps=11, checkpoint_every=4), 7)

@@ -53,12 +53,16 @@ def test_two_processes_go_on_bit_for_bit(options, tmp_path):
     assert not torch.equal(random["0"]["cpu"], random["1"]["cpu"])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
-def test_another_number_of_processes_goes_on_to_rounding(options, tmp_path, before, after):
-    model = tiny_model(dropout=0.0)
+@pytest.mark.parametrize(
+    ("before", "after", "grid"),
+    [(2, 1, {}), (1, 2, {}), (2, 4, {}), (2, 4, {"replicate": 2, "context": 2})],
+    ids=["2-1", "1-2", "2-4", "2-4-hsdp-context"],
+)
+def test_another_number_of_processes_goes_on_to_rounding(options, tmp_path, before, after, grid):
+    model = tiny_model(dropout=0.0, kv_heads=2)
     assert set(finish(start(options, before, model))) == {0}
     assert read_description(newest_checkpoint(f"{options['out']}/state"))["world_size"] == before
-    again = {**options, "out": str(tmp_path / "again"), "resume": f"{options['out']}/state/step-00000003"}
+    again = {**options, "out": str(tmp_path / "again"), "resume": f"{options['out']}/state/step-00000003", **grid}
     assert set(finish(start(again, after, model))) == {0}
     state, expected = (without_random_states(state_of(out, tmp_path)) for out in (again["out"], options["out"]))
     assert_same(state["batches"], expected["batches"])

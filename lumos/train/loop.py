@@ -133,8 +133,8 @@ class Trainer:
         begin = time.perf_counter()
         with self._open_log() as log, self._open_checkpoints(log) as checkpoints, StopRequest() as stop:
             self._run_steps(checkpoints, stop)
+            seconds = time.perf_counter() - begin
             self._save_now(checkpoints)
-        seconds = time.perf_counter() - begin
         self.export()
         self.parallel.barrier()
         losses = [line["loss"] for line in read_log(self.out / resume.LOG) if line["loss"] is not None] or [math.nan]
