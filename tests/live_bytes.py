@@ -1,24 +1,24 @@
-"""Counts the bytes of tensors made inside a block of code and still alive: what a forward pass keeps for backward."""
+"""Counts the bytes of tensors made inside a block of code: those still alive, and the most at any time."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """bytes: of the storages that operators inside have made and that still live; peak: the most at any time.
+    """bytes: of the storages that operators inside have made and that still live: what a forward pass keeps, say.
 
     Inputs do not count, views count once with their storage, and what an operator frees before it returns never shows.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.peak = 0
+        self.bytes = 0
         self.made: dict[int, tuple[str, int, tuple[int, ...]]] = {}
         self._inputs: set[int] = set()
 
@@ -36,21 +36,34 @@ class LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self.made[storage._cdata] = name, size, tuple(tensor.shape)
         self.bytes += size
-        self.peak = max(self.peak, self.bytes)
         weakref.finalize(storage, self._forget, storage._cdata)
 
     def _forget(self, key: int) -> None:
         self.bytes -= self.made.pop(key)[1]
 
 
-def saved_bytes(forward) -> tuple[int, list[tuple[str, int, tuple[int, ...]]]]:
-    """Bytes alive after `forward`, which returns what is kept of its results; and the tensors, largest first."""
-    with LiveBytes() as live:
-        kept = forward()
-        tensors = sorted((x for x in live.made.values() if x[1]), key=lambda x: -x[1])
-        total = live.bytes
-    del kept
-    return total, tensors
+class PeakBytes(TorchDispatchMode):
+    """peak: the most bytes that storages seen by operators inside took at any time, those of `tensors` included.
 
+    Sizes are read anew at each operator, because FSDP2 frees and refills the storages of gathered parameters.
+    """
 
-__all__ = ["LiveBytes", "saved_bytes", "torch"]
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, weakref.ref] = {}
+        self._look(tensors)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self._look(tree_leaves((args, kwargs, result)))
+        return result
+
+    def _look(self, tensors: Iterable[object]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+                self._storages[storage._cdata] = weakref.ref(storage)
+        alive = {key: ref() for key, ref in self._storages.items() if ref() is not None}
+        self._storages = {key: self._storages[key] for key in alive}
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values()))

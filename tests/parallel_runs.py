@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from live_bytes import PeakBytes
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -112,7 +114,18 @@ def run(case: Case, parallel: Parallel, model: Lumos, dtype: torch.dtype) -> dic
                 found["gradients"] = {name: whole(p.grad) for name, p in model.named_parameters()}
     found["weights"] = {name: whole(p) for name, p in model.named_parameters()}
     found["collectives"] = collectives.calls
+    state = [x for values in optimizer.state.values() for x in values.values()]
+    found["bytes"] = [own_bytes(x) for x in (model.parameters(), (p.grad for p in model.parameters()), state)]
+    if case.processes > 1:
+        optimizer.zero_grad()
+        with PeakBytes([*model.parameters(), *state]) as live:
+            training_step(model, optimizer, mine, CLIP, dtype, parallel, loss=case.loss)
+        found["peak"] = live.peak
     return found
+
+
+def own_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors)
 
 
 def whole(tensor: Tensor) -> Tensor:
