@@ -217,10 +217,10 @@ class Block(nn.Module):
 
     def _policy(self, _, op: torch._ops.OpOverload, *args, **__) -> CheckpointPolicy:
         """Selective checkpointing keeps what matmuls and attention put out, except what backward never reads: the
-        output of down_proj, unless its norm comes behind it.
+        output of down_proj, unless a norm or dropout comes behind it.
         """
         costly = op in (torch.ops.aten.mm.default, torch.ops.lumos_kernels.frame_attention.default)
-        if costly and (self.swin_norm or args[0].shape[1] != self.mlp_size):
+        if costly and (self.swin_norm or self.dropout or args[0].shape[1] != self.mlp_size):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -297,7 +297,7 @@ class Lumos(nn.Module):
     def checkpoint_layers(self, every: int = 1, selective: bool = False) -> None:
         """Recompute every n-th layer in the backward pass instead of keeping its activations; 0 keeps all of them.
 
-        selective: keep the outputs of matmuls and attention and recompute the rest: little time, half of the memory.
+        selective: keep the outputs of matmuls and attention and recompute the rest, which is cheap.
         """
         for number, layer in enumerate(self.model.layers):
             layer.checkpointed = bool(every) and number % every == 0

@@ -9,9 +9,10 @@ and of all key heads, I channels of the MLP, e bytes of an element in the comput
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,20 +66,27 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a GPU. The first three stay; the others are the most of their kind during a step."""
+    """Bytes of a GPU. Parameters, gradients and optimizer state stay between steps.
+
+    gathered: the weights of the rest of the model and of two layers in the compute dtype.
+    accumulated: gradients of the whole model that wait for the last micro-batch.
+    activations, loss: what the forward pass keeps; a recomputed layer; a chunk of logits; the gradient of lm_head.
+    reduction: the gradients of the rest of the model on their way to the ranks, when backward has used up activations.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
     gathered: int
-    unreduced: int
+    accumulated: int
     activations: int
     loss: int
+    reduction: int
 
     @property
     def total(self) -> int:
-        """As if all reached their most at once: an upper bound of what the tensors take."""
-        return sum(vars(self).values())
+        """At the most: the two ends of a backward pass do not come at once."""
+        return sum(vars(self).values()) - min(self.activations + self.loss, self.reduction)
 
 
 @dataclass(frozen=True)
@@ -129,24 +137,23 @@ class Step:
     # Memory
 
     def memory(self) -> Memory:
-        own = self._elements(own=True)
+        own, tensors = self._elements(own=True), len(self._shapes[1])
         layer, rest = self._group_elements(own=False)
-        sharded, e = self.shards > 1, self.element_size
+        layers, e, sharded = self.config.num_hidden_layers, self.element_size, self.shards > 1
+        tensors += layers * len(self._shapes[0])
         tokens = max(map(self.own_tokens, self.layouts))
-        classes, hidden, vocabulary = self.config.num_classes, self.config.hidden_size, self.config.vocab_size
-        unreduced = e * (layer + rest) + FP32 * rest if sharded else 0
-        if sharded and len(self.layouts) > 1:  # summed up over micro-batches on the rank
-            unreduced += FP32 * self._elements(own=False)
+        logits = e * (self.config.num_classes + self.config.hidden_size) * min(tokens, LOGIT_ROWS)
+        # The gradient of lm_head, which the loss makes, is among the gradients where nothing has to be reduced.
+        lm_head = 0 if sharded else FP32 * self.config.vocab_size * self.config.hidden_size
         return Memory(
             parameters=FP32 * own,
             gradients=FP32 * own,
-            optimizer=2 * FP32 * own + FP32 * self._num_tensors,
-            gathered=e * (2 * layer + rest) if sharded else (e < FP32) * e * self.config.num_hidden_layers * layer,
-            unreduced=unreduced,
+            optimizer=2 * FP32 * own + FP32 * tensors,
+            gathered=e * (2 * layer + rest) if sharded else (e < FP32) * e * layers * layer,
+            accumulated=(sharded and len(self.layouts) > 1) * FP32 * self._elements(own=False),
             activations=self.activation_bytes(tokens) + self._recomputed_bytes(tokens),
-            loss=self.loss_bytes(tokens)
-            + e * (classes + hidden) * min(tokens, LOGIT_ROWS)
-            - self._residual_size * vocabulary * hidden,  # counted above, as a gradient
+            loss=self.loss_bytes(tokens) + logits - lm_head,
+            reduction=sharded * (e * (layer + rest) + FP32 * rest),
         )
 
     def activation_bytes(self, tokens: int) -> int:
@@ -169,8 +176,12 @@ class Step:
         q, k = heads * c.head_dim, c.num_key_value_heads * c.head_dim
         if recomputation == "full":
             return r * hidden
-        if recomputation == "selective":  # input; q, k, v; attention; o_proj; gate, up; down_proj only before a norm
-            return r * hidden + e * ((q + 2 * k) + q + hidden + 2 * mlp + c.swin_norm * hidden) + FP32 * heads
+        if recomputation == "selective":  # input; q, k, v; attention; o_proj; gate, up; down_proj where read
+            return (
+                r * hidden
+                + e * ((q + 2 * k) + q + hidden + 2 * mlp + (c.swin_norm or c.dropout > 0) * hidden)
+                + FP32 * heads
+            )
         # Before the norm, before its weight, and what the matmuls take; behind a branch all in the compute dtype.
         norms = 2 * ((3 * e if c.swin_norm else 2 * r + e) * hidden + FP32)
         projected = q + 2 * k if self.context == 1 else q + k  # v travels on to the ranks of its heads
@@ -232,8 +243,8 @@ class Step:
         collectives = (2 * self.config.num_hidden_layers - 1) * len(self.layouts) + self.config.num_hidden_layers
         sharding = cluster.seconds(sent["all_gather"] + sent["reduce_scatter"], n)
         sharding += (collectives - 1) * cluster.seconds(0, n) - first
-        replicas = self.processes if self.replicate > 1 and self.processes > cluster.gpus_per_node else self.replicate
-        sharding += cluster.seconds(sent["all_reduce"], replicas) if self.replicate > 1 else 0.0
+        if self.replicate > 1:  # between GPUs of different nodes, where there are several
+            sharding += cluster.seconds(sent["all_reduce"], self.processes, neighbours=False)
         exchanges = (4 if self.recomputation == "none" else 6) * self.config.num_hidden_layers * len(self.layouts)
         exchange = cluster.seconds(sent["all_to_all"], self.context, neighbours=False)
         exchange += (exchanges - 1) * cluster.seconds(0, self.context)
@@ -267,32 +278,43 @@ class Step:
         return rest + self.config.num_hidden_layers * layer
 
     @property
-    def _num_tensors(self) -> int:
-        layer, rest = map(len, self._shapes)
-        return rest + self.config.num_hidden_layers * layer
-
-    @functools.cached_property
     def _shapes(self) -> tuple[list[torch.Size], list[torch.Size]]:
-        """Of the parameters of one layer, and of those outside the layers."""
-        with torch.device("meta"):
-            model = Lumos(dataclasses.replace(self.config, num_hidden_layers=1))
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        layer = [shape for name, shape in shapes.items() if name.startswith("model.layers.")]
-        return layer, [shape for name, shape in shapes.items() if not name.startswith("model.layers.")]
+        return _parameter_shapes(*(getattr(self.config, name) for name in _SHAPING))
 
 
-def fitting_steps(step_of, cluster: Cluster, gpus: int, context: tuple[int, ...] = (1, 2, 4, 8)) -> list[Step]:
-    """Steps on `gpus` GPUs whose tensors fit, fastest first by the tokens a GPU trains on in a second.
+def fitting_steps(step_of: Callable[..., Step], cluster: Cluster, gpus: int) -> list[Step]:
+    """Steps on `gpus` GPUs whose tensors fit, those first that train on most tokens a second by prediction.
 
-    step_of(**options) makes a Step of the processes, replicate, context and recomputation given.
+    step_of(**options) makes a Step of the processes, replicate, context and recomputation given. Tried are context
+    groups inside a node, copies of the model on a node, on 8 nodes and on all of them, and every recomputation.
     """
     found = []
-    for degree in (c for c in context if gpus % c == 0):
-        for replicate in {1, *(gpus // n for n in (8, 64) if gpus > n)}:
-            for recomputation in RECOMPUTATION:
-                step = step_of(processes=gpus, replicate=replicate, context=degree, recomputation=recomputation)
-                fits = step.memory().total <= cluster.usable * cluster.memory
-                divides = not step.config.num_key_value_heads % degree and not step.shards % degree
-                if fits and divides:
-                    found.append(step)
+    for context, shards, recomputation in itertools.product((1, 2, 4, 8), sorted({gpus, 8, 64}), RECOMPUTATION):
+        if gpus % shards or shards % context:
+            continue
+        step = step_of(processes=gpus, replicate=gpus // shards, context=context, recomputation=recomputation)
+        fits = step.memory().total <= cluster.usable * cluster.memory
+        if fits and not step.config.num_key_value_heads % context:
+            found.append(step)
     return sorted(found, key=lambda step: step.seconds(cluster)["total"] * step.context)
+
+
+_SHAPING = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "model_parallel_size",
+)
+
+
+@functools.cache
+def _parameter_shapes(*sizes: int) -> tuple[list[torch.Size], list[torch.Size]]:
+    """Of the parameters of one layer, and of those outside the layers. sizes: of _SHAPING."""
+    with torch.device("meta"):
+        model = Lumos(LumosConfig(**dict(zip(_SHAPING, sizes, strict=True)), num_hidden_layers=1, visual_start=9006))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    layer = [shape for name, shape in shapes.items() if name.startswith("model.layers.")]
+    return layer, [shape for name, shape in shapes.items() if not name.startswith("model.layers.")]

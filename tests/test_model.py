@@ -257,6 +257,43 @@ def test_checkpointed_layers_are_recomputed_and_change_nothing():
         assert all(torch.equal(again[name], grad) for name, grad in plain.items())
 
 
+@pytest.mark.parametrize(("swin_norm", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.25), (True, 0.25)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_selective_checkpointing_repeats_no_costly_op_and_changes_no_bit(swin_norm, dropout, autocast):
+    """Matmuls and attention run once in forward; what is kept of them: test_scaling.py, to the byte."""
+    model = small_model(swin_norm=swin_norm, dropout=dropout, num_hidden_layers=2)
+    batch = training_batch([video()])
+
+    class Costly(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.lumos_kernels.frame_attention.default):
+                calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def step():
+        torch.manual_seed(5)
+        model.zero_grad()
+        with Costly(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(batch.input_ids, labels=batch.labels).loss
+        calls.clear()
+        with Costly():
+            loss.backward()
+        return len(calls), {name: grad.clone() for name, grad in gradients(model).items()}
+
+    calls = []
+    plain, expected = step()
+    model.checkpoint_layers(1, selective=True)
+    selective, ours = step()
+    assert selective == plain
+    model.checkpoint_layers(1)
+    full, also = step()
+    # Of seven matmuls and attention, the last matmul repeats only where something behind it keeps a tensor.
+    assert full == plain + 2 * (8 if swin_norm or dropout else 7)
+    for name, grad in expected.items():
+        assert torch.equal(ours[name], grad), name
+        assert torch.equal(also[name], grad), name
+
+
 def test_dropout_acts_in_training_only():
     model, ids = small_model(dropout=0.5), video()[None]
     assert not torch.equal(model(ids).hidden_states, model(ids).hidden_states)

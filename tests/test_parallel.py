@@ -14,6 +14,7 @@ from parallel_runs import CASES, Case, micro_batch
 
 from lumos.model import Lumos
 from lumos.parallel import Parallel, check_heads
+from lumos.scaling import Step
 
 SCRIPT = Path(parallel_runs.__file__)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -125,6 +126,42 @@ def test_weights_are_gathered_as_often_as_needed(results):
     layers, micro_batches, steps = parallel_runs.config().num_hidden_layers, 2, parallel_runs.STEPS
     assert calls.count("_allgather_base_") == steps * micro_batches * (1 + 2 * layers - 1)
     assert calls.count("_reduce_scatter_base_") == steps * (1 + layers)
+
+
+def step_of(case: Case, data_rank: int, data_size: int) -> Step:
+    batches = [micro_batch(number) for number in range(data_rank, case.micro_batches, data_size)]
+    layouts, targets = zip(*((batch.layout, batch.num_targets) for batch in batches), strict=True)
+    degrees = case.processes, case.replicate, case.context
+    return Step(parallel_runs.config(), layouts, targets, *degrees, case.checkpointing, case.dtype.itemsize)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_on_the_wire_are_those_of_the_formulas(results, name):
+    """Exactly, of every kind of collective; besides, each step adds up its statistics: counts, loss, frame losses."""
+    for rank in results(name):
+        step = step_of(CASES[name], *rank["place"][:2])
+        expected = {key: parallel_runs.STEPS * value for key, value in vars(step.collectives()).items()}
+        expected["all_reduce"] += parallel_runs.STEPS * (8 + 8 + 8 * (1 + 2 * 4))
+        kinds = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_", "alltoall_base_")
+        counted = {kind: sum(size for call, size in rank["collectives"] if call == kind) for kind in kinds}
+        assert list(counted.values()) == list(expected.values())
+        assert {call for call, _ in rank["collectives"]} <= set(kinds)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_gradients_and_optimizer_of_a_rank_are_those_of_the_formulas(results, name):
+    ranks = results(name)
+    memory = step_of(CASES[name], *ranks[0]["place"][:2]).memory()
+    assert ranks[0]["bytes"] == [memory.parameters, memory.gradients, memory.optimizer]
+    for rank in ranks[1:]:  # FSDP2 gives the last ranks what is left
+        assert all(own <= first for own, first in zip(rank["bytes"], ranks[0]["bytes"], strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_memory_formula_bounds_the_peak_of_a_step(results, name):
+    for rank in results(name):
+        memory = step_of(CASES[name], *rank["place"][:2]).memory()
+        assert rank["peak"] <= memory.total <= 1.45 * rank["peak"]
 
 
 def test_one_process_is_no_group(monkeypatch):
