@@ -220,6 +220,15 @@ def test_a_changed_budget_after_a_state_loses_no_document():
     assert places == list(range(len(places)))
 
 
+def test_streams_without_a_budget_are_no_part_of_the_waste():
+    packed, again = packer(budget=0, documents=3), packer()
+    take(packed, 5)
+    again.load(packed.state())
+    assert again.waste == 0
+    filled = sum(stream.length for stream in take(again, 3))
+    assert again.waste == pytest.approx(1 - filled / (3 * 24))
+
+
 def test_waste_is_what_the_streams_leave_free():
     packed = packer((30, 30), budget=25)
     assert packed.waste == 0
