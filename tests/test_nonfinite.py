@@ -14,7 +14,8 @@ from test_train import folder, tiny_preset  # noqa: F401
 from lumos import Lumos, LumosConfig, mask_tokens
 from lumos.data import collate
 from lumos.tokens import ByteTokenizer, build_document
-from lumos.train import MicroBatch, TrainConfig, make_optimizer, read_log, train, training_step
+from lumos.train import MicroBatch, PackedBatches, TrainConfig, make_optimizer, read_log, train, training_step
+from lumos.train.batches import open_sources
 from lumos.train.nonfinite import StepGuard, explain
 from lumos.train.state import checkpoint_step, newest_checkpoint
 from lumos_kernels import FrameLayout
@@ -198,8 +199,19 @@ def run_options(folder, out, **options):  # noqa: F811
     return TrainConfig(**{"data": (str(folder),), "out": str(out), "steps": 10, "text_drop": 0.0, **options})
 
 
+def seed_that_begins_well(folder):  # noqa: F811
+    """One whose first two steps are without sample 3."""
+    for seed in range(100):
+        config = run_options(folder, "unused", seed=seed)
+        batches = PackedBatches(open_sources(config.data), config, (VISUAL_START, VISUAL_START + CODES))
+        if all(draw.sample != 3 for _ in range(2) for stream in batches.next_plan() for draw in stream.documents):
+            return seed
+    raise AssertionError("sample 3 comes first whatever the seed")
+
+
 def test_a_run_stops_and_names_step_document_and_parameter(folder, tmp_path, tiny_preset, planted):  # noqa: F811
-    config = run_options(folder, tmp_path / "run", checkpoint_every=1, log_every=1)
+    seed = seed_that_begins_well(folder)
+    config = run_options(folder, tmp_path / "run", checkpoint_every=1, seed=seed)
     with pytest.raises(FloatingPointError, match=r"step \d: not finite: the loss of sample 3 of .*tokens; .*q_proj"):
         train(config, progress=False)
     lines = list(read_log(tmp_path / "run" / "log.jsonl"))
@@ -207,7 +219,7 @@ def test_a_run_stops_and_names_step_document_and_parameter(folder, tmp_path, tin
     # No checkpoint of the bad step, so that the run can go on without it.
     last = newest_checkpoint(tmp_path / "run" / "state")
     assert checkpoint_step(last) == len(lines) - 1
-    goes_on = run_options(folder, tmp_path / "run", checkpoint_every=1, on_nonfinite="skip")
+    goes_on = run_options(folder, tmp_path / "run", checkpoint_every=1, seed=seed, on_nonfinite="skip")
     train(goes_on, progress=False)
     assert len(list(read_log(tmp_path / "run" / "log.jsonl"))) == 10
 
