@@ -27,8 +27,10 @@ def _train(config: Path | None, **options: Any) -> None:
     summary = train(TrainConfig.load(config, **options))
     print(
         f"{summary.steps} steps in {summary.seconds:.1f} s: loss {summary.first_loss:.3f} -> {summary.last_loss:.3f}\n"
-        f"log: {summary.log}\ncheckpoint: {summary.checkpoint}"
+        f"log: {summary.log}"
     )
+    if summary.checkpoint.exists():  # export none writes none
+        print(f"checkpoint: {summary.checkpoint}")
 
 
 def add_export(commands: Any) -> None:
