@@ -214,6 +214,18 @@ def test_the_newest_checkpoints_are_kept(options, keep):
     assert len(os.listdir(f"{options['out']}/state")) == keep
 
 
+def test_two_runs_do_not_share_a_folder(options):
+    [process] = start({**options, "steps": 10**6}, prepare=get_stuck)
+    wait_for_lines(options["out"], 2)
+    log = losses_of(options["out"])
+    with pytest.raises(ValueError, match="another process is training in"):
+        trainer(**options, steps=10**6).run()
+    process.kill()
+    process.join()
+    assert losses_of(options["out"]) == log
+    assert trainer(**options, steps=4).run().steps == 4
+
+
 def test_a_disk_that_takes_no_more_gives_a_named_error_and_leaves_the_checkpoint_before(options):
     run = trainer(**options, steps=9, checkpoint_every=3)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -367,6 +379,7 @@ def test_a_part_that_is_added_is_kept(options):
 def test_runs_do_without_checkpoints(options):
     trainer(**options, steps=2, checkpoint_every=0).run()
     assert sorted(os.listdir(options["out"])) == [
+        ".lock",
         "checkpoint",
         "log.jsonl",
         "log_header.json",

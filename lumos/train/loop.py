@@ -129,14 +129,15 @@ class Trainer:
 
     def run(self) -> TrainSummary:
         """Continues or starts, steps to config.steps, and writes the weights in the official layout."""
-        self._resume(self._on_main(lambda: resume.choose_start(self.config)))
-        begin = time.perf_counter()
-        with self._open_log() as log, self._open_checkpoints(log) as checkpoints, StopRequest() as stop:
-            self._run_steps(checkpoints, stop)
-            seconds = time.perf_counter() - begin
-            self._save_now(checkpoints)
-        self.export()
-        self.parallel.barrier()
+        with contextlib.ExitStack() as lock:  # the main process holds it while it lasts
+            self._resume(self._on_main(lambda: self._choose_start(lock)))
+            begin = time.perf_counter()
+            with self._open_log() as log, self._open_checkpoints(log) as checkpoints, StopRequest() as stop:
+                self._run_steps(checkpoints, stop)
+                seconds = time.perf_counter() - begin
+                self._save_now(checkpoints)
+            self.export()
+            self.parallel.barrier()
         losses = [line["loss"] for line in read_log(self.out / resume.LOG) if line["loss"] is not None] or [math.nan]
         return TrainSummary(self.step, losses[0], losses[-1], seconds, self.out / resume.LOG, self.out / resume.WEIGHTS)
 
@@ -153,6 +154,10 @@ class Trainer:
                 weights = merged(weights, config)
             if self.parallel.is_main:
                 write_weights(self.model, self.out / resume.WEIGHTS, weights, config.export, init=config.init)
+
+    def _choose_start(self, lock: contextlib.ExitStack) -> Path | None:
+        lock.enter_context(resume.locked(self.out))
+        return resume.choose_start(self.config)
 
     def _resume(self, start: Path | None) -> None:
         if start is not None:

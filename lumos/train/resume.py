@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,29 @@ STATE = "state"
 OPTIONS = "train.json"
 LOG = "log.jsonl"
 WEIGHTS = "checkpoint"
+LOCK = ".lock"
 # Options that change where a run ends, what it writes or where it computes, but not what a step computes beyond
 # rounding: they may differ between a run and its continuation.
 _WRITING = ("out", "overwrite", "checkpoint_every", "keep_checkpoints", "resume", "export", "export_weights")
 _WATCHING = ("log_every", "tensorboard", "on_nonfinite")
 _COMPUTING = ("device", "impl", "activation_checkpointing", "replicate", "context")
 FREE_OPTIONS = frozenset(("steps", *_WRITING, *_WATCHING, *_COMPUTING))
+
+
+@contextlib.contextmanager
+def locked(out: str | Path) -> Iterator[None]:
+    """While a run writes to its folder, no other does: ValueError where one does. The end of its process lets go."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with (Path(out) / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"out: another process is training in {out}; wait for its end or choose another"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def choose_start(config: TrainConfig) -> Path | None:
