@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lumos.kv_cache import CompactCache, FrameCache, StaticCache
-from lumos.model import Lumos, Stream, choose_impl
+from lumos.model import Lumos
 from lumos.sampling import GeneratedFrame, Prompt, Sampling, mask_counts, read_prompts
+from lumos.stream import Stream, choose_impl
 from lumos.tokens import VIDEO_END
 from lumos_kernels import masked_sample
 from lumos_kernels.layout import MASK, RowLimits

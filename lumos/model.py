@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,53 +21,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lumos.config import LumosConfig
+from lumos.stream import ContextExchange, Stream, choose_impl, own_layout
 from lumos_kernels import FrameLayout, frame_attention, mm_rope, tube_masked_loss
-from lumos_kernels.layout import RowLimits
 
 QK_NORM_EPS = 1e-5
-
-
-class KeyValueCache(Protocol):
-    """What sampling plugs into the layers: update stores or extends the keys and values of one layer."""
-
-    def update(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the new tokens' keys and values, returns those that the new queries attend to, in stream order."""
-        ...
-
-
-class ContextExchange(Protocol):
-    """What context parallelism plugs in: a rank has its own tokens, and in attention all tokens of its own heads."""
-
-    size: int
-
-    def own(self, x: Tensor) -> Tensor:
-        """[..., T] of the whole stream -> the part that belongs to the rank's tokens."""
-        ...
-
-    def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The rank's tokens of all heads -> all tokens of the rank's heads."""
-        ...
-
-    def to_tokens(self, x: Tensor) -> Tensor:
-        """The way back."""
-        ...
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What every layer needs to know of the packed stream.
-
-    positions: int32 [3, T]; limits: RowLimits of T queries over the keys (of the cache, where there is one).
-    context: where several ranks share the stream: positions are then the rank's own, limits those of all tokens.
-    impl: implementation of every op, or of the ops named in a mapping ("mm_rope", "frame_attention",
-        "tube_masked_loss"); the others are "auto".
-    """
-
-    positions: Tensor
-    limits: RowLimits
-    impl: str | Mapping[str, str] = "auto"
-    cache: KeyValueCache | None = None
-    context: ContextExchange | None = None
 
 
 @dataclass
@@ -423,12 +379,6 @@ def cast_once(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def own_layout(layout: FrameLayout, context: ContextExchange) -> FrameLayout:
-    """What concerns a rank's own tokens of a shared stream; documents and limits stay those of the whole stream."""
-    positions, content, frame_index = map(context.own, (layout.positions, layout.content, layout.frame_index))
-    return FrameLayout(layout.cu_seqlens, positions, content, frame_index, layout.limits)
-
-
 def frame_decay(layout: FrameLayout, start: float) -> Tensor:
     """fp32 [T]: on content linspace(start, 1) over the frames of its document (one frame: start), 1 elsewhere."""
     frame_T = layout.frame_index
@@ -437,8 +387,3 @@ def frame_decay(layout: FrameLayout, start: float) -> Tensor:
     last_B = torch.zeros_like(layout.cu_seqlens[1:]).scatter_reduce(0, document_T, frame_T, "amax")
     step_T = frame_T / last_B[document_T].clamp_min(1)
     return torch.where(frame_T >= 0, start + (1 - start) * step_T, 1.0)
-
-
-def choose_impl(impl: str | Mapping[str, str], op: str) -> str:
-    """The implementation of one op out of a name for all of them or a mapping by op name."""
-    return impl if isinstance(impl, str) else impl.get(op, "auto")

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos.config import LumosConfig
 from lumos.masking import mask_tokens
-from lumos.model import Lumos, Stream, frame_decay
+from lumos.model import Lumos, frame_decay
+from lumos.stream import Stream
 from lumos_kernels import FrameLayout
 from lumos_kernels.layout import NEW_LINE, RowLimits, frame_skeleton
 
