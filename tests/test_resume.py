@@ -218,10 +218,12 @@ def test_two_runs_do_not_share_a_folder(options):
     [process] = start({**options, "steps": 10**6}, prepare=get_stuck)
     wait_for_lines(options["out"], 2)
     log = losses_of(options["out"])
-    with pytest.raises(ValueError, match="another process is training in"):
-        trainer(**options, steps=10**6).run()
-    process.kill()
-    process.join()
+    try:
+        with pytest.raises(ValueError, match="another process is training in"):
+            trainer(**options, steps=4).run()
+    finally:
+        process.kill()
+        process.join()
     assert losses_of(options["out"]) == log
     assert trainer(**options, steps=4).run().steps == 4
 
