@@ -170,7 +170,8 @@ def test_bad_weights_are_named_first():
     with torch.no_grad():
         run.model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
     assert explain(run.model, GOOD_STEP, GOOD_NAMES, torch.float32) == (
-        "weights that are not finite before the step: model.layers.0.mlp.down_proj.weight"
+        "weights that are not finite before the step: model.layers.0.mlp.down_proj.weight; "
+        "no step after it can be finite"
     )
 
 

@@ -243,7 +243,7 @@ class Trainer:
             options = self.dtype, self.parallel, self.config.loss_options()
             said = explain(self.model, batches, names, *options)
             raise FloatingPointError(
-                f"step {bad.number}: {said}. Nothing of it reached the weights; on_nonfinite skip goes on without it"
+                f"step {bad.number}: {said}. Nothing of it reached the weights; on_nonfinite skip leaves such steps out"
             )
 
     def _save(self, checkpoints: Checkpoints) -> None:

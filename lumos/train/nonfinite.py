@@ -101,7 +101,7 @@ def explain(
     parts = zip(*_gather((in_loss, in_gradient, bad_gradients, bad_weights), parallel), strict=True)
     in_loss, in_gradient, bad_gradients, bad_weights = map(_once, parts)
     if bad_weights:
-        return f"weights that are not finite before the step: {_shortened(bad_weights)}"
+        return f"weights that are not finite before the step: {_shortened(bad_weights)}; no step after it can be finite"
     if not (in_loss or in_gradient or bad_gradients):
         return "computed again, the step is finite: a fault of the machine, or an op that is not deterministic"
     where = f"the gradient of {_shortened(in_gradient)}" if in_gradient else "the loss of documents in one stream only"
