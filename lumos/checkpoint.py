@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lumos.config import LumosConfig
+from lumos.disk import sync_path
 
 if TYPE_CHECKING:
     from lumos.model import Lumos
@@ -124,7 +125,7 @@ def save_pretrained(
         _write_shards(temporary, state, _shards(state, _parse_size(max_shard_size)))
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in temporary.iterdir():
-            _sync(file)
+            sync_path(file)
         _swap(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -258,7 +259,7 @@ def _swap(new: Path, path: Path) -> None:
     """Renames `new` to `path`; an existing folder gives way, its files that are no checkpoint move over."""
     if not path.is_dir():
         os.rename(new, path)
-        _sync(path.parent)
+        sync_path(path.parent)
         return
     old = path.with_name(f".{path.name}.old-{uuid4().hex}")
     os.rename(path, old)
@@ -266,13 +267,5 @@ def _swap(new: Path, path: Path) -> None:
     for entry in old.iterdir():
         if entry.name != CONFIG_NAME and not WEIGHT_FILE.fullmatch(entry.name):
             os.rename(entry, path / entry.name)
-    _sync(path.parent)
+    sync_path(path.parent)
     shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

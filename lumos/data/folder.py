@@ -33,15 +33,14 @@ from lumos.data.index import (
     RECORD,
     create_index,
     intact,
-    lock,
     map_bytes,
     map_index,
     open_at,
     open_index,
     shard_name,
-    sync,
 )
 from lumos.data.sample import Sample, Shape
+from lumos.disk import sync, try_lock
 from lumos.tokens import IGNORED
 from lumos_kernels.layout import frame_length
 
@@ -76,7 +75,8 @@ class SampleWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         create_index(self.folder)
         self._index = open(self.folder / INDEX, "r+b")  # noqa: SIM115
-        lock(self._index.fileno(), self.folder)
+        if not try_lock(self._index):
+            raise ValueError(f"{self.folder} is being written already: one writer a folder at a time")
         records, _ = open_index(self.folder)
         self._keys = np.sort(records["key"])
         self._new_keys: set[int] = set()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lumos.disk import sync, sync_path
+
 INDEX, NOTES = "index.bin", "notes.jsonl"
 HEADER = b"LUMOSIDX\x01".ljust(64, b"\0")  # the version is the ninth byte
 MOST_TORN = 1024  # records of an unfinished batch that a power failure may leave as zeros
@@ -39,7 +41,7 @@ def create_index(folder: Path) -> None:
         file.write(HEADER)
         sync(file)
     os.replace(beginning, folder / INDEX)
-    _sync_folder(folder)
+    sync_path(folder)
 
 
 def _refuse_old(folder: Path) -> None:
@@ -123,35 +125,8 @@ def open_at(path: Path, size: int) -> io.BufferedRandom:
     """A file opened for writing at `size`, with what lies behind cut off."""
     if not path.exists():
         path.touch()
-        _sync_folder(path.parent)
+        sync_path(path.parent)
     file = open(path, "r+b")  # noqa: SIM115
     file.truncate(size)
     file.seek(size)
     return file
-
-
-def sync(file: io.BufferedRandom | io.BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """New names in a folder to the disk."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def lock(descriptor: int, folder: Path) -> None:
-    """Held until the file is closed, also by a crash."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ValueError(f"{folder} is being written already: one writer a folder at a time") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lumos.disk import sync, try_lock
 from lumos.options import read_options, to_options, write_options
 from lumos.train.config import TrainConfig
 from lumos.train.state import (
@@ -41,14 +41,8 @@ def locked(out: str | Path) -> Iterator[None]:
     """While a run writes to its folder, no other does: ValueError where one does. The end of its process lets go."""
     Path(out).mkdir(parents=True, exist_ok=True)
     with (Path(out) / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"out: another process is training in {out}; wait for its end or choose another"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+        if not try_lock(file):
+            raise ValueError(f"out: another process is training in {out}; wait for its end or choose another")
         yield
 
 
@@ -114,8 +108,7 @@ def cut_log(path: Path, step: int) -> None:
                 break
             end += len(line)
         log.truncate(end)
-        log.flush()
-        os.fsync(log.fileno())
+        sync(log)
 
 
 def _step_of(line: bytes) -> int | None:

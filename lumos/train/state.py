@@ -36,6 +36,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import WriteResult
 
+from lumos.disk import sync, sync_path
+
 DESCRIPTION = "run.json"
 _NAME = re.compile(r"step-(\d+)")
 _LEFTOVER = re.compile(r"\.step-\d+\.(partial|old)")
@@ -203,13 +205,12 @@ class _Writer(dcp.FileSystemWriter):
         super().finish(metadata, results)
         with open(self.path / DESCRIPTION, "w") as file:
             json.dump(self.description, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(self.path)
+            sync(file)
+        sync_path(self.path)
         if self.checkpoints.before_complete is not None:
             self.checkpoints.before_complete()
         os.rename(self.path, self.final)
-        _sync(self.final.parent)
+        sync_path(self.final.parent)
         for path in complete_checkpoints(self.final.parent)[: -self.checkpoints.keep]:
             remove_checkpoint(path)
 
@@ -289,11 +290,3 @@ def _cause(error: BaseException) -> str:
 def _silence_single_process_warning() -> None:
     """torch says at every save and load that there is one process; that is how it was asked for."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
