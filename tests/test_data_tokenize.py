@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,7 +222,11 @@ def test_jobs_are_taken_a_few_ahead_only():
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_an_ended_run_goes_on_where_it_was(tmp_path, end):
-    clips = clips_of(tmp_path / "clips", 12)
+    clips_of(tmp_path / "clips", 12)
+    for clip in list((tmp_path / "clips").iterdir()):  # so many that the run is never over before the signal
+        for copy in range(15):
+            shutil.copy(clip, clip.with_stem(f"{clip.stem}-{copy}"))
+    clips = find_clips([tmp_path / "clips"], ["x"])
     expected = tokenize_clips(clips, tmp_path / "whole", DctCodec(), **SMALL)
     arguments = [*("tokenize", str(tmp_path / "clips"), "--caption", "x", "--out", str(tmp_path / "out"))]
     arguments += [*("--fps", "4", "--seconds", "1", "--size", "32x64", "--workers", "2")]

@@ -95,11 +95,11 @@ def _dense_strides(backward, grad_q, *rest):
 
 
 def _ignored_row(forward, hidden, weight, targets, rows, *rest):
-    *stats, dhidden, dweight = forward(hidden, weight, targets, rows, *rest)
+    *stats, dhidden = forward(hidden, weight, targets, rows, *rest)
     if dhidden is not None:
         ignored = torch.ones(len(hidden), dtype=torch.bool).index_fill_(0, rows, False).nonzero()[0]
         dhidden[ignored] = 1e-6
-    return *stats, dhidden, dweight
+    return *stats, dhidden
 
 
 def _shifted_loss(forward, hidden, *rest):
