@@ -11,8 +11,8 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint .ci/constraints.txt
 SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/*.h csrc/cpu/* csrc/include/lumos/*)
 
-# Two processes of one thread each; a file's tests stay together and share its fixtures.
-TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadscope
+# Two processes of one thread each; a file's tests stay together and share its fixtures, in the order of conftest.py.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: setup demo test test-all bench gpu-suite sanitize lint clean
 

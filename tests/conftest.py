@@ -14,6 +14,8 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in dropped]
         config.hook.pytest_deselected(items=dropped)
 
+    # The longest single tests first, so that no process waits for another's at the end.
+    items.sort(key=lambda item: not item.path.name.startswith("test_triton"))
     if not config.getoption("--all"):
         deselect("slow")
     if not torch.cuda.is_available():

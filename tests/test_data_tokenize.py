@@ -231,7 +231,10 @@ def test_an_ended_run_goes_on_where_it_was(tmp_path, end):
     arguments = [*("tokenize", str(tmp_path / "clips"), "--caption", "x", "--out", str(tmp_path / "out"))]
     arguments += [*("--fps", "4", "--seconds", "1", "--size", "32x64", "--workers", "2")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "lumos.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", "lumos.cli", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs in the background
     )
     while not (tmp_path / "out" / "index.bin").exists() or not len(SampleFolder(tmp_path / "out")):
         time.sleep(0.002)
