@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lumos.config import LumosConfig
@@ -226,6 +227,11 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return _AllToAll.apply(grad, ctx.group), None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds: the shard of a sharded one, the tensor itself otherwise."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def check_heads(config: LumosConfig, context: int) -> None:

@@ -55,7 +55,7 @@ class PackedBatches:
     functions of (options.seed, p) alone.
 
         plan = batches.next_plan()                                      # the same in every process
-        step = [batches.load(stream) for stream in plan[rank::ranks]]   # what this process reads
+        step = [batches.load(stream) for stream in batches.own(plan)]   # what this process reads
 
     sources: what is done to the samples of each dataset, and the dataset.
     options: seed, token_budget, documents, micro_batches, look_ahead, pad_to_budget, too_long, text_drop, the masks'.
@@ -107,6 +107,10 @@ class PackedBatches:
         self._ahead = self._reader.submit(self._plan)
         return ahead.bins
 
+    def own(self, plan: Sequence[Bin]) -> Sequence[Bin]:
+        """The streams of a plan that this process reads."""
+        return plan[self._mine]
+
     def load(self, stream: Bin) -> MicroBatch:
         """Reads and masks one stream; on the CPU."""
         future = self._loading.pop(stream, None)
@@ -152,7 +156,7 @@ class PackedBatches:
     def _plan(self) -> _Ahead:
         """Plans a step and has this process's streams of it read; in the reader's thread."""
         bins = [self._packer.next() for _ in range(self.options.micro_batches)]
-        loading = {stream: self._reader.submit(self._load, stream) for stream in bins[self._mine]}
+        loading = {stream: self._reader.submit(self._load, stream) for stream in self.own(bins)}
         return _Ahead(bins, self._packer.state(), loading)
 
     def _load(self, stream: Bin) -> MicroBatch:

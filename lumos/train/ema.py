@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
+
+from lumos.parallel import local
 
 
 class WeightAverage(Stateful):
@@ -32,7 +33,7 @@ class WeightAverage(Stateful):
         """After an optimizer step. skipped: bool scalar on the weights' device: leave the average alone."""
         weight = torch.where(skipped, 0.0, 1 - self.decay)
         for average, parameter in zip(self._average.values(), self._weights.values(), strict=True):
-            _local(average).lerp_(_local(parameter), weight)
+            local(average).lerp_(local(parameter), weight)
 
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
@@ -54,10 +55,6 @@ class WeightAverage(Stateful):
     @torch.no_grad()
     def _swap(self) -> None:
         for average, parameter in zip(self._average.values(), self._weights.values(), strict=True):
-            kept = _local(parameter).clone()
-            _local(parameter).copy_(_local(average))
-            _local(average).copy_(kept)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            kept = local(parameter).clone()
+            local(parameter).copy_(local(average))
+            local(average).copy_(kept)

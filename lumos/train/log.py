@@ -72,7 +72,9 @@ class Board(Protocol):
 
 @dataclass(frozen=True)
 class Pending:
-    """A step whose values are still on the device. documents: names of this rank's, one list a micro-batch."""
+    """A step whose values are still on the device. batches: what finds its micro-batches again; own: tokens and useful
+    FLOPs of this rank.
+    """
 
     number: int
     lr: float

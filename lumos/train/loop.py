@@ -202,7 +202,7 @@ class Trainer:
         self.log.begin_step()
         plan = self.batches.next_plan()
         self._check_lengths(plan)
-        streams = plan[self.parallel.data_rank :: self.parallel.data_size]
+        streams = self.batches.own(plan)
         micro_batches = [self.batches.load(stream) for stream in streams]
         lr = self.optimizer.param_groups[0]["lr"]
         stats = training_step(

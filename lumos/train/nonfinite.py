@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from lumos.parallel import Parallel
+from lumos.parallel import Parallel, local
 from lumos_kernels import FrameLayout
 
 if TYPE_CHECKING:  # lumos.train.step builds on this module
@@ -130,9 +129,8 @@ def _not_finite(model: nn.Module, part: Callable[[nn.Parameter], Tensor | None])
     for name, parameter in model.named_parameters():
         tensor = part(parameter)
         if tensor is not None:
-            tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             names.append(name)
-            finite.append(tensor.detach().isfinite().all())
+            finite.append(local(tensor).detach().isfinite().all())
     flags = torch.stack(finite).tolist() if finite else []
     return [name for name, good in zip(names, flags, strict=True) if not good]
 

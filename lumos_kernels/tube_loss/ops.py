@@ -202,7 +202,6 @@ class SummedLoss(torch.autograd.Function):
             return (None,) * 9
         hidden, weight, labels, rows, token_weight, *gradients = ctx.saved_tensors
         first, last, *_ = ctx.options
-        dhidden = dweight = None
         if ctx.in_place:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
