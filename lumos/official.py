@@ -1,0 +1,113 @@
+"""What apply_lumos_kernels takes for an official Lumos-1 model: its parts, by name, and the settings the ops compute.
+
+Official code: alibaba-damo-academy/Lumos f7c9cd2.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from lumos.tokens import VIDEO_END, VIDEO_START
+from lumos_kernels.checks import rope_head_dim
+from lumos_kernels.layout import FRAME_END, FRAME_START, GRID_UNIT, NUMBER_BASE, SPACE_STRIDE, TIME_STRIDE
+
+CLASSES = "ChameleonXLLMXForConditionalGeneration or ChameleonMMRoPEForConditionalGeneration"
+TOKEN_IDS = {
+    "image_start_token": FRAME_START,
+    "image_end_token": FRAME_END,
+    "video_start_token": VIDEO_START,
+    "video_end_token": VIDEO_END,
+}
+ATTENTION = "model.layers.0.self_attn"
+PARTS = (
+    *("config", "lm_head", "model.embed_tokens", "model.norm", "model.vocabulary_mapping"),
+    *("model._update_causal_mask", "model.generate_mm_position_ids", "model.set_3d_global_offset"),
+    *(f"{ATTENTION}.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "mm_rotary_emb")),
+)
+TRAINING_PARTS = ("forward_mask", "calculate_closs_ntp_mar", "calculate_frame_wise_closs")
+TRAINING_NAMES = (
+    "mask_or_random_replace_tokens_video",
+    "create_attention_mask_t2v",
+    "ChameleonForConditionalGeneration",
+)
+SETTINGS: dict[str, tuple] = {
+    "config.mm_rope": (True,),
+    **{f"model.{name}": (value,) for name, value in TOKEN_IDS.items()},
+    "model.size_token_zero": (NUMBER_BASE,),
+    "model.token_patch_size": (GRID_UNIT * SPACE_STRIDE,),
+    "model.t_stride_pos_id": (TIME_STRIDE,),
+    **{f"model.{axis}_stride_{of}": (SPACE_STRIDE,) for axis in "hw" for of in ("size", "pos_id")},
+    "config.rope_scaling": (None,),
+    "config.attention_dropout": (0,),
+    "config._attn_implementation": ("eager", "sdpa"),
+}
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises TypeError naming the parts that model lacks, ValueError for a setting that the ops do not compute."""
+    missing = [name for name in PARTS if _find(model, name) is None]
+    if trains(model):
+        missing += [name for name in TRAINING_PARTS if _find(model, name) is None]
+        missing += [f"{name} beside forward_mask" for name in TRAINING_NAMES if name not in names_of(model)]
+    head = unwrap(_find(model, "lm_head"))
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        missing.append("lm_head that is a Linear without bias")
+    if missing:
+        raise TypeError(f"model must be an official {CLASSES}; {type(model).__name__} has no {', no '.join(missing)}")
+    for name, allowed in SETTINGS.items():
+        value = _find(model, name)
+        if value not in allowed:
+            raise ValueError(
+                f"{name} must be {' or '.join(map(repr, allowed))}, or the ops do not apply; got {value!r}"
+            )
+    for layer in model.model.layers:
+        _check_rope(layer.self_attn)
+
+
+def _check_rope(attention: nn.Module) -> None:
+    rope_head_dim(attention.head_dim)
+    frequencies = attention.rotary_emb.inv_freq
+    if frequencies.is_meta or not exact_frequencies(attention):
+        return
+    exponents = torch.arange(0, attention.head_dim, 2, device=frequencies.device) / attention.head_dim
+    if not torch.allclose(frequencies.float(), attention.rope_theta**-exponents):
+        raise ValueError(
+            f"rotary_emb.inv_freq of layer {attention.layer_idx} must be rope_theta^(-2i/head_dim) with rope_theta "
+            f"{attention.rope_theta}; got {frequencies[:4].tolist()}..."
+        )
+
+
+def exact_frequencies(attention: nn.Module) -> bool:
+    """Whether the frequencies are still unrounded: a cast of the whole model rounds them, and upstream's angles."""
+    return attention.rotary_emb.inv_freq.dtype in (torch.float32, torch.float64)
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether this is the class with the training step."""
+    return hasattr(model, "forward_mask")
+
+
+def names_of(module: nn.Module, method: str = "forward_mask") -> dict[str, Any]:
+    """The names that a method of a module's class sees."""
+    return getattr(type(module), method).__globals__
+
+
+def unwrap(module: Any) -> Any:
+    """The module inside FSDP, DDP, activation checkpointing and torch.compile."""
+    for name in ("module", "_checkpoint_wrapped_module", "_orig_mod"):
+        inner = getattr(module, name, None)
+        if isinstance(inner, nn.Module):
+            return unwrap(inner)
+    return module
+
+
+def _find(model: nn.Module, name: str) -> Any:
+    """The attribute behind a dotted name, None where there is none."""
+    try:
+        return attrgetter(name)(model)
+    except AttributeError:
+        return None
