@@ -14,6 +14,7 @@ from torch import nn
 from lumos.tokens import VIDEO_END, VIDEO_START
 from lumos_kernels.checks import rope_head_dim
 from lumos_kernels.layout import FRAME_END, FRAME_START, GRID_UNIT, NUMBER_BASE, SPACE_STRIDE, TIME_STRIDE
+from lumos_kernels.mm_rope.common import inverse_frequencies
 
 CLASSES = "ChameleonXLLMXForConditionalGeneration or ChameleonMMRoPEForConditionalGeneration"
 TOKEN_IDS = {
@@ -22,12 +23,11 @@ TOKEN_IDS = {
     "video_start_token": VIDEO_START,
     "video_end_token": VIDEO_END,
 }
-ATTENTION = "model.layers.0.self_attn"
 PARTS = (
-    *("config", "lm_head", "model.embed_tokens", "model.norm", "model.vocabulary_mapping"),
+    *("config", "lm_head", "model.embed_tokens", "model.layers", "model.norm", "model.vocabulary_mapping"),
     *("model._update_causal_mask", "model.generate_mm_position_ids", "model.set_3d_global_offset"),
-    *(f"{ATTENTION}.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "mm_rotary_emb")),
 )
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb", "mm_rotary_emb")
 TRAINING_PARTS = ("forward_mask", "calculate_closs_ntp_mar", "calculate_frame_wise_closs")
 TRAINING_NAMES = (
     "mask_or_random_replace_tokens_video",
@@ -49,7 +49,9 @@ SETTINGS: dict[str, tuple] = {
 
 def check_model(model: nn.Module) -> None:
     """Raises TypeError naming the parts that model lacks, ValueError for a setting that the ops do not compute."""
-    missing = [name for name in PARTS if _find(model, name) is None]
+    layers = range(len(_find(model, "model.layers") or ()))
+    attention = (f"model.layers.{number}.self_attn.{part}" for number in layers for part in ATTENTION_PARTS)
+    missing = [name for name in (*PARTS, *attention) if _find(model, name) is None]
     if trains(model):
         missing += [name for name in TRAINING_PARTS if _find(model, name) is None]
         missing += [f"{name} beside forward_mask" for name in TRAINING_NAMES if name not in names_of(model)]
@@ -73,8 +75,8 @@ def _check_rope(attention: nn.Module) -> None:
     frequencies = attention.rotary_emb.inv_freq
     if frequencies.is_meta or not exact_frequencies(attention):
         return
-    exponents = torch.arange(0, attention.head_dim, 2, device=frequencies.device) / attention.head_dim
-    if not torch.allclose(frequencies.float(), attention.rope_theta**-exponents):
+    expected = inverse_frequencies(attention.rope_theta, attention.head_dim, frequencies.device)
+    if not torch.allclose(frequencies.float(), expected, rtol=1e-6, atol=0):
         raise ValueError(
             f"rotary_emb.inv_freq of layer {attention.layer_idx} must be rope_theta^(-2i/head_dim) with rope_theta "
             f"{attention.rope_theta}; got {frequencies[:4].tolist()}..."
