@@ -66,7 +66,6 @@ def training_options(**changes) -> SimpleNamespace:
         "vis_tok_start": VISUAL_START,
         "compute_ntp_loss": False,
         "frame_closs_recorder": True,
-        "seeded": False,
     }
     return SimpleNamespace(**{**base, **changes})
 
@@ -95,8 +94,9 @@ def mask_or_random_replace_tokens_video(input_ids, labels, mask_id, config, mask
     for row, (ids, targets) in enumerate(zip(input_ids, labels, strict=True)):
         slots = content_of(targets[None])[0].nonzero()[:, 0]
         size = 1 + int((slots.diff() == 1).long().cumprod(0).sum())
-        generator = torch.Generator().manual_seed(int(ids.sum())) if config.seeded else None
-        count = 0.7 * size if config.seeded else share[row] * size
+        seeded = getattr(config, "seeded", False)
+        generator = torch.Generator().manual_seed(int(ids.sum())) if seeded else None
+        count = 0.7 * size if seeded else share[row] * size
         hidden = (torch.rand(size, generator=generator).argsort() < round(float(count))).repeat(len(slots))[
             : len(slots)
         ]
@@ -377,6 +377,7 @@ class TrainingModel(SamplingModel):
 
     def calculate_closs_ntp_mar(self, logits, labels, **kwargs):
         cfg, logits, flat, extra = kwargs["cfg"], logits.flatten(0, 1), labels.flatten(), {}
+        assert not cfg.compute_ntp_loss, "upstream asserts this too"
         if cfg.train_with_vis_tok:
             target = flat >= cfg.vis_tok_start
             logits, flat = logits[target][:, cfg.vis_tok_start :], flat[target] - cfg.vis_tok_start

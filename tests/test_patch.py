@@ -131,14 +131,22 @@ def within_twice(ours, theirs, exact, dtype: torch.dtype) -> None:
     assert worst(ours["loss"], exact["loss"]) <= 2 * worst(theirs["loss"], exact["loss"]) + 4 * eps
 
 
-def test_autocast_is_within_twice_the_official_error():
+@pytest.mark.parametrize("switches", SWITCHES[:4], ids=lambda switches: ",".join(switches) or "all")
+def test_autocast_is_within_twice_the_official_error(switches, monkeypatch):
+    dtypes = []
+    for name in ("mm_rope", "frame_attention", "tube_masked_loss"):
+        real = getattr(lumos.patch, name)
+        monkeypatch.setattr(
+            lumos.patch, name, lambda x, *args, real=real, **kw: dtypes.append(x.dtype) or real(x, *args, **kw)
+        )
     model = build(dtype=torch.float32)
     exact = step(copy.deepcopy(model).double(), *mixed())
     with torch.autocast("cpu", torch.bfloat16):
         theirs = step(model, *mixed())
-        apply_lumos_kernels(model)
+        apply_lumos_kernels(model, **switches)
         ours = step(model, *mixed())
     within_twice(ours, theirs, exact, torch.bfloat16)
+    assert set(dtypes) == {torch.bfloat16}
 
 
 def test_every_sample_has_the_frames_of_all_or_with_fixed_its_own():
@@ -426,6 +434,13 @@ def test_other_losses_go_the_official_way(options, changes, caplog):
     assert "is not one over the visual columns alone" in message
 
 
+def test_the_next_token_loss_fails_as_upstream():
+    model = build()
+    apply_lumos_kernels(model)
+    with pytest.raises(AssertionError, match="upstream asserts"):
+        step(model, *mixed(), training_options(compute_ntp_loss=True))
+
+
 def test_masking_image_logits_below_the_visual_columns_changes_nothing():
     model = build(mask_image_logits=True)
     expected = step(model, *mixed())
@@ -452,9 +467,10 @@ def test_samples_that_row_limits_do_not_describe_go_the_official_way(odd, caplog
     assert len(says(caplog)) == 1
 
 
-def test_an_unfinished_video_has_frames_too():
+@pytest.mark.parametrize("odd", [document(2, 4, 4, 2)[:-2], document(2, 4, 4, 2, start=77, end=77)])
+def test_frames_of_an_unfinished_video_or_of_none_are_frames_too(odd):
     model = build()
-    ids, labels = batch(document(2, 4, 4, 2)[:-2], document(5, 4, 4, 2)[:-2])
+    ids, labels = batch(odd, document(5, 4, 4, 2))
     expected = step(model, ids, labels)
     apply_lumos_kernels(model)
     assert_same(step(model, ids, labels), expected)
@@ -527,12 +543,20 @@ def additive(allowed: Tensor) -> Tensor:
     return torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -1e9)[None, None]
 
 
+def odd_positions(ids: Tensor) -> tuple[Tensor, ...]:
+    """The official tuple with other positions than the model's; those of t, h and w matter on content alone."""
+    content = (ids >= VISUAL_START).long()
+    text = torch.arange(ids.shape[1]).expand_as(ids)
+    return text, text + 5, 2 * text, 3 * text, content
+
+
 @pytest.mark.parametrize(
     ("options", "fused"),
     [
         ({}, True),
         ({"attention_mask": lambda ids: official.create_attention_mask_t2v(ids, SPECIAL)}, True),
         ({"position_ids": lambda ids: torch.arange(ids.shape[1])[None]}, True),
+        ({"position_ids": odd_positions}, True),
         ({"attention_mask": lambda ids: torch.ones_like(ids)}, False),
         ({"attention_mask": lambda ids: additive(torch.eye(ids.shape[1]).bool())}, False),  # no prefix
         ({"attention_mask": lambda ids: additive(torch.ones(ids.shape[1], ids.shape[1]).tril().bool()) * 1e-9}, False),
@@ -542,7 +566,7 @@ def additive(allowed: Tensor) -> Tensor:
         ),
         ({"output_attentions": lambda ids: True}, False),
     ],
-    ids=["causal", "frames", "plain rope", "2-D", "diagonal", "bias", "falling", "weights"],
+    ids=["causal", "frames", "plain rope", "odd positions", "2-D", "diagonal", "bias", "falling", "weights"],
 )
 def test_calls_without_a_cache(options, fused, attention_calls):
     model = build(official.SamplingModel)
