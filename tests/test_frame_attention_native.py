@@ -113,8 +113,8 @@ def test_query_heads_of_a_kv_head(isa, group, dtype):
     check(leaves, VIDEO, upstream_of(leaves, lse=True))
 
 
-# Around the rows of a register block, a block of keys (64, 128 or 256) and the tiles.
-LENGTHS = (1, 2, 5, 6, 7, 31, 32, 33, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 384, 385, 513)
+# Around the rows of a register block, a step (24 or 32), a block of keys (64, 128 or 256) and the tiles.
+LENGTHS = (1, 2, 5, 6, 7, 24, 31, 32, 33, 48, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 384, 385, 513)
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -217,12 +217,21 @@ def test_what_nobody_sees_may_be_nan(isa, dtype, head_dim):
 
 
 @pytest.mark.parametrize("place", [0, 15, 16, 31, 40, 70, 255, 256, 299])
-@pytest.mark.parametrize("of", ["q", "k", "v"])
-def test_one_token_of_large_norm(isa, of, place):
+@pytest.mark.parametrize(("of", "factor"), [("q", 60), ("k", 60), ("v", 2.0**100)])
+def test_one_token_of_large_norm(isa, of, factor, place):
     """Exponents of 200, or values of 2^100: a reference fixed at 0 would overflow, or leave nothing of a sum."""
     limits = causal(300)
     leaves = leaves_of(limits, (8, 1), 64, torch.bfloat16)
-    leaves["qkv".index(of)].data[place] *= 2.0**100 if of == "v" else 60
+    leaves["qkv".index(of)].data[place] *= factor
+    check(leaves, limits, upstream_of(leaves, lse=of != "v"))
+
+
+@pytest.mark.parametrize("channel", [0, 21, 42, 63])
+@pytest.mark.parametrize(("of", "factor"), [("q", 1000), ("k", 1000), ("v", 2.0**100)])
+def test_one_channel_of_large_norm(isa, of, factor, channel):
+    limits = causal(60)
+    leaves = leaves_of(limits, (2, 1), 64, torch.bfloat16)
+    leaves["qkv".index(of)].data[..., channel] *= factor
     check(leaves, limits, upstream_of(leaves, lse=of != "v"))
 
 
@@ -254,7 +263,7 @@ def test_references_that_change_on_the_way(isa, sizes, sign):
 @pytest.mark.parametrize("unseen", [3.0, 60.0, 1e4])
 @pytest.mark.parametrize("which", ["queries", "keys", "values"])
 def test_what_a_row_does_not_see_changes_no_bit_by_its_norm(isa, which, unseen):
-    """Rows and keys of another document in the same blocks: AMX bounds scores by the norms of whole blocks."""
+    """Rows and keys of another document in the same blocks: scores are bounded by the norms of whole blocks."""
     row = torch.arange(200)
     second = row >= 100
     limits = RowLimits.from_kv(100 * second, torch.where(second, 200, 100), 200, check=True)

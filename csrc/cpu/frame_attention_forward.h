@@ -36,7 +36,7 @@ struct ForwardSpace {
     rounded = M::kStep == 1 ? parts : pieces.take(queries * kLanes);  // of p as the matmul sees it
     best = pieces.take(queries);               // the reference: an exponent if it may be fixed, else a score
     norms = pieces.take(queries / M::kRows);   // largest |q| of a row block, infinity once it follows the maximum
-    rows = pieces.take(keys * x.head_dim / M::kStep);
+    rows = pieces.take(kColumns * x.head_dim / M::kStep);
     k = pieces.take(keys * x.head_dim / M::kStep);
     v = pieces.take(keys * x.head_dim / M::kStep);
     scores = pieces.take(M::kRows * keys);
@@ -64,7 +64,15 @@ class Forward {
     const int64_t end = x_.kv_end[first_ + count_ - 1], width = M::key_block(x_.head_dim);
     for (int64_t key = x_.kv_start[first_]; key < end; key += width) {
       pack_keys(key, smaller(width, end - key));
-      for (int64_t row = 0; row < group_ * padded_; row += M::kRows) add_keys(row, key);
+      const int64_t rows = group_ * padded_, next = key + width, ahead = smaller(width, end - next);
+      for (int64_t row = 0; row < rows; row += M::kRows) {
+        // The keys of the next block, a few at a time: waiting for them took 1 to 3 %.
+        for (int64_t i = ahead * row / rows; i < ahead * (row + M::kRows) / rows; ++i) {
+          fetch_row<3, T>(x_.k, next + i, kv_head_, x_.head_dim);
+          fetch_row<3, T>(x_.v, next + i, kv_head_, x_.head_dim);
+        }
+        add_keys(row, key);
+      }
     }
     finish();
   }
@@ -78,7 +86,7 @@ class Forward {
   void start() {
     for (int64_t g = 0; g < group_; ++g) {
       const Source<T> source(x_.q, kv_head_ * group_ + g, first_, count_, x_.head_dim, x_.kv_start, x_.kv_end);
-      pack_rows<M>(source, padded_, space_.q + g * padded_ * words_);
+      pack_rows<M>(source, 0, padded_, space_.q + g * padded_ * words_);
     }
     if (x_.scale < 0) negate(space_.q, group_ * padded_ * words_);
     fill(space_.sums, group_ * padded_ * x_.head_dim, 0.0f);
@@ -86,15 +94,8 @@ class Forward {
     fill(space_.rounded, group_ * padded_ * kLanes, 0.0f);
     fill(space_.best, group_ * padded_, M::kFixedReference ? 0.0f : -kInfinity);
     if constexpr (M::kFixedReference) {
-      static_assert(M::kRows % kLanes == 0);
       for (int64_t row = 0; row < group_ * padded_; row += M::kRows) {
-        // As columns of 16 rows each: [words][16] fits where the scores will be.
-        float square = 0;
-        for (int64_t i = 0; i < M::kRows; i += kLanes) {
-          transpose(space_.q + (row + i) * words_, words_, kLanes, words_, space_.scores, kLanes);
-          const float found = largest_square<M>(space_.scores, words_, kLanes);
-          square = square >= found ? square : found;
-        }
+        const float square = largest_row_square<M>(space_.q + row * words_, M::kRows, words_);
         space_.norms[row / M::kRows] = __builtin_sqrtf(square);
       }
     }
@@ -111,10 +112,8 @@ class Forward {
     const auto source = [&](const ConstHeads& tensor) {
       return Source<T>(tensor, kv_head_, key, count, x_.head_dim, x_.q_start, x_.q_end);
     };
-    pack_rows<M>(source(x_.k), columns_, space_.rows);
-    transpose(space_.rows, words_, columns_, words_, space_.k, columns_);
-    pack_rows<M>(source(x_.v), columns_, space_.rows);
-    pairs_of_rows<M>(space_.rows, columns_, x_.head_dim, space_.v);
+    pack<M>(source(x_.k), columns_, space_.rows, space_.k, nullptr);
+    pack<M>(source(x_.v), columns_, space_.rows, nullptr, space_.v);
     if constexpr (M::kFixedReference) {
       // Of v, the norm of a channel over the block bounds its elements.
       key_norm_ = __builtin_sqrtf(largest_square<M>(space_.k, words_, columns_));

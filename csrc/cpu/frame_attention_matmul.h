@@ -79,16 +79,16 @@ template <class M, Start kStart>
 /// How a kernel computes: its words, the sizes that suit its matmul, and the matmul.
 template <class Words>
 struct Vectors : Words {
-  static constexpr int64_t kRows = kBlockRows;  // query rows (forward) or keys (backward) that go together
+  static constexpr int64_t kRows = kBlockRows;  // query rows of forward that go together
   /// Of backward; fixed, as is the order of every sum. A key tile packs every query it sees and adds to all of dq: in
   /// bf16, 384 keys took 6 to 8 % less time than 192 (Zen 4).
   static constexpr int64_t kQueryTile = 128, kKeyTile = Words::kStep == 2 ? 384 : 192;
-  static constexpr int64_t kKeyStep = 2 * kBlockRows;  // backward skips unseen keys of a tile in such steps
-  static constexpr bool kFixedReference = false;       // see Forward
+  static constexpr int64_t kKeyStep = 4 * kBlockRows;  // keys of backward that go together, or are skipped together
+  static constexpr bool kFixedReference = Words::kStep == 2;  // 3 % of forward's time in bf16; see Forward
 
-  /// Query tokens of an item of forward: about 192 rows share a packed block of keys, whatever the group.
+  /// Query tokens of an item of forward: about 384 rows share a packed block of keys, whatever the group.
   static int64_t forward_tile(int64_t group) {
-    const int64_t tokens = (192 / group + kRows - 1) / kRows * kRows;
+    const int64_t tokens = (384 / group + kRows - 1) / kRows * kRows;
     return tokens < 4 * kRows ? 4 * kRows : tokens;
   }
 

@@ -17,6 +17,8 @@
 namespace lumos {
 namespace {
 
+constexpr int64_t kColumns = 32;  // columns of a matmul come in multiples of this
+
 struct Fp32Words {
   static constexpr int kStep = 1;
   static constexpr int kForwardDegree = 6, kBackwardDegree = 6;  // of exp2
@@ -79,32 +81,48 @@ struct Source {
   const T* row(int64_t i) const { return i < count && start[i] < end[i] ? data + i * stride : nullptr; }
 };
 
-/// to [padded][D / kStep]: an operand A along the channels.
+/// Rows [first, first + rows) to [rows][D / kStep]: an operand A along the channels.
 template <class M, class T>
-inline void pack_rows(const Source<T>& source, int64_t padded, float* to) {
+inline void pack_rows(const Source<T>& source, int64_t first, int64_t rows, float* to) {
   const int64_t words = source.head_dim / M::kStep;
-  for (int64_t i = 0; i < padded; ++i, to += words) {
+  for (int64_t i = first; i < first + rows; ++i, to += words) {
     const T* row = source.row(i);
     if (!row) {
       std::memset(to, 0, words * sizeof(float));
     } else if constexpr (sizeof(T) * M::kStep == sizeof(float)) {
-      std::memcpy(to, row, words * sizeof(float));
+      const auto* from = reinterpret_cast<const float*>(row);
+      for (int64_t d = 0; d < words; d += kLanes) store(to + d, load(from + d));  // less than a call of memcpy takes
     } else {
       for (int64_t d = 0; d < words; d += kLanes) store(to + d, load(row + d));
     }
   }
 }
 
-/// to [padded / kStep][D] from rows: an operand B along the tokens. Under Fp32 the rows are that already.
+/// to [rows / kStep][D] from rows: an operand B along the tokens. Under Fp32 the rows are that already.
 template <class M>
-inline void pairs_of_rows(const float* rows, int64_t padded, int64_t head_dim, float* to) {
+inline void pairs_of_rows(const float* from, int64_t rows, int64_t head_dim, float* to) {
   if constexpr (M::kStep == 1) {
-    std::memcpy(to, rows, padded * head_dim * sizeof(float));
+    std::memcpy(to, from, rows * head_dim * sizeof(float));
   } else {
-    const auto* from = reinterpret_cast<const BFloat16*>(rows);
-    for (int64_t i = 0; i < padded; i += 2, from += 2 * head_dim, to += head_dim) {
-      for (int64_t d = 0; d < head_dim; d += kLanes) store(to + d, M::across(from + d, from + head_dim + d));
+    const auto* row = reinterpret_cast<const BFloat16*>(from);
+    for (int64_t i = 0; i < rows; i += 2, row += 2 * head_dim, to += head_dim) {
+      for (int64_t d = 0; d < head_dim; d += kLanes) store(to + d, M::across(row + d, row + head_dim + d));
     }
+  }
+}
+
+/// Operands B of rows, a multiple of kColumns, but for those that are null: columns [D / kStep][rows] along the
+/// channels, pairs [rows / kStep][D] along the tokens.
+///
+/// `few` holds kColumns rows on their way. They stay in L1: with all rows at once packing missed it, and took twice the
+/// time.
+template <class M, class T>
+inline void pack(const Source<T>& source, int64_t rows, float* few, float* columns, float* pairs) {
+  const int64_t words = source.head_dim / M::kStep;
+  for (int64_t i = 0; i < rows; i += kColumns) {
+    pack_rows<M>(source, i, kColumns, few);
+    if (columns) transpose(few, words, kColumns, words, columns + i, rows);
+    if (pairs) pairs_of_rows<M>(few, kColumns, source.head_dim, pairs + i / M::kStep * source.head_dim);
   }
 }
 
@@ -125,6 +143,22 @@ inline float largest_square(const float* words, int64_t rows, int64_t columns) {
   float found = 0;
   for (float lane : lanes) found = found >= lane ? found : lane;
   for (float lane : lanes) found += lane - lane;
+  return found;
+}
+
+/// The same along the rows, but that a NaN may get lost.
+template <class M>
+inline float largest_row_square(const float* words, int64_t rows, int64_t columns) {
+  float found = 0;
+  for (int64_t i = 0; i < rows; ++i, words += columns) {
+    Vec sum = broadcast(0.0f);
+    for (int64_t j = 0; j < columns; j += kLanes) sum = M::dot(sum, load(words + j), load(words + j));
+    alignas(64) float lanes[kLanes];
+    store(lanes, sum);
+    float square = 0;
+    for (float lane : lanes) square += lane;
+    found = found >= square ? found : square;
+  }
   return found;
 }
 
