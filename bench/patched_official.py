@@ -199,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--part", choices=(OFFICIAL, PATCHED), help="only the peak of one side, in this process")
     options = parser.parse_args(arguments)
+    paths = {str(path) for path in (options.checkout, options.sample) if path}
+    arguments = [str(Path(word).resolve()) if word in paths else word for word in arguments]  # children run elsewhere
     torch.set_num_threads(options.threads)
     print(json.dumps(peak(options) if options.part else run(options, arguments)))
     return 0

@@ -54,7 +54,8 @@ def check_model(model: nn.Module) -> None:
     missing = [name for name in (*PARTS, *attention) if _find(model, name) is None]
     if trains(model):
         missing += [name for name in TRAINING_PARTS if _find(model, name) is None]
-        missing += [f"{name} beside forward_mask" for name in TRAINING_NAMES if name not in names_of(model)]
+        calls = set(type(model).forward_mask.__code__.co_names) & names_of(model).keys()
+        missing += [f"call of {name} in forward_mask" for name in TRAINING_NAMES if name not in calls]
     head = unwrap(_find(model, "lm_head"))
     if not isinstance(head, nn.Linear) or head.bias is not None:
         missing.append("lm_head that is a Linear without bias")

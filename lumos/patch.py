@@ -62,8 +62,9 @@ def apply_lumos_kernels(
     compat: "official": in a batch every sample sees the frames of all samples in its mask, as upstream has it;
         "fixed": its own frames only. They differ where text lengths or frame sizes differ inside a batch.
 
-    Returns a function that restores the official model; further calls of it do nothing. Applying again replaces the
-    options and adds nothing; then either function restores.
+    Returns a function that restores the official model; further calls of it do nothing. It raises RuntimeError, and
+    restores nothing, where a method was replaced once more since. Applying again replaces the options and adds nothing;
+    then either function restores.
 
     Raises TypeError for another model, naming the parts that it lacks; ValueError for an option, or for a
     configuration of the model that the ops do not compute.
@@ -147,7 +148,10 @@ class _Stream:
 
 def _forward_mask(self: nn.Module, input_ids=None, labels=None, training: bool = True, **kwargs) -> tuple[Tensor, dict]:
     """A training step: lists of token ids and labels -> the loss and a dictionary of named (value, weight)."""
-    options, names, cfg, tokens = self._lumos.options, names_of(self), kwargs["cfg"], kwargs["special_token"]
+    options = self._lumos.options
+    if not options.attention and not options.loss:
+        return self._lumos_forward_mask(input_ids, labels, training, **kwargs)
+    names, cfg, tokens = names_of(self), kwargs["cfg"], kwargs["special_token"]
     length = min(max(map(len, input_ids)), self.config.max_position_embeddings)
     ids, labels, weight, _ = names["mask_or_random_replace_tokens_video"](
         input_ids=_padded(input_ids, length, TEXT_START, self.device),

@@ -47,7 +47,8 @@ def test_a_report_of_both_sides(checkout, capsys, monkeypatch, one_thread):
         return 7
 
     monkeypatch.setattr(patched_official.memory, "run_child", child)
-    assert patched_official.main([str(checkout), *SMALL, "--frames", "2", "--batch", "2"]) == 0
+    monkeypatch.chdir(checkout.parent)
+    assert patched_official.main(["clone", *SMALL, "--frames", "2", "--batch", "2"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["tokens"] == 2 * (1 + 5 + 4 + 2 * (4 * 9 + 4) + 2)
     assert 0 <= result["gradient_difference"] < 1e-5

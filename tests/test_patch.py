@@ -622,6 +622,16 @@ def test_an_official_model_that_lacks_a_part_is_refused():
     assert "_lumos" not in model.model.__dict__
 
 
+def test_another_training_step_is_refused_rather_than_replaced():
+    class Fork(official.TrainingModel):
+        def forward_mask(self, input_ids=None, labels=None, training=True, **kwargs):
+            loss, extra = super().forward_mask(input_ids, labels, training, **kwargs)
+            return 2 * loss, extra
+
+    with pytest.raises(TypeError, match="Fork has no call of mask_or_random_replace_tokens_video in forward_mask, no"):
+        apply_lumos_kernels(build(Fork))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
