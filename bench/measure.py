@@ -25,6 +25,7 @@ from bench.registry import CEILING, DTYPE_NAMES, OURS, Case, Contestant, Inputs,
 
 MIN_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample, the clock and Python's noise stay below 1 %
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
+SLOW_CALL = 5.0  # seconds: one of a longer call is sampled once, unless the case is known as slow
 MEMORY_SHARE = 0.8  # of the free memory that a contestant may ask for
 CACHE_BYTES = 256 * 2**20  # written between samples on a GPU: more than any last-level cache
 HEAD_START_CYCLES = 1_500_000  # about 0.8 ms: longer than the host takes to enqueue a forward and a backward pass
@@ -202,11 +203,16 @@ def _collected(failed: dict[str, str] | None, name: str) -> Iterator[None]:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], Any]], seconds: float, clock: Clock = cpu_clock, min_rounds: int = MIN_ROUNDS
+    calls: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    clock: Clock = cpu_clock,
+    min_rounds: int = MIN_ROUNDS,
+    slow: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds a call of each, round by round; every round begins with another one, so that nobody owns a place.
 
     seconds: about how long to go on; at least min_rounds, which slow calls may take longer than.
+    slow: a call that takes longer than so many seconds is in the first round only.
     """
     repeats = {name: _repeats(call, clock) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -219,6 +225,7 @@ def interleave(
             samples[name].append(clock(calls[name], repeats[name]) / repeats[name])
             spent += time.perf_counter() - begin  # what a clock does besides counts too
         rounds += 1
+        names = [name for name in names if samples[name][0] <= slow]
     return samples
 
 
@@ -261,17 +268,12 @@ def measure_case(
         for name, reason in (failed or {}).items():
             rows[name].status, rows[name].reason = "failed", reason
         announce("timing")
-        samples = _timed(calls, seconds, clock_for(device), failed, rows)
+        slow = math.inf if case.slow else SLOW_CALL
+        samples = _timed(calls, seconds, slow, clock_for(device), failed, rows)
     running = [contestant for contestant in contestants if contestant.name in calls]
     _fill(bench, case, running, rows, samples)
-    for contestant in running if with_memory else ():
-        if contestant.role != CEILING:
-            announce(contestant.name)
-            rows[contestant.name].peak_extra_bytes = (
-                memory.cuda_peak(calls[contestant.name])
-                if device == "cuda"
-                else memory.contestant_peak(case.key, contestant.name, device, threads)
-            )
+    if with_memory:
+        _fill_memory(case, device, threads, [c.name for c in running if c.role != CEILING], calls, rows, announce)
     return list(rows.values())
 
 
@@ -282,6 +284,7 @@ class _Raised(Exception):
 def _timed(
     calls: dict[str, Callable[[], Any]],
     seconds: float,
+    slow: float,
     clock: Clock,
     failed: dict[str, str] | None,
     rows: dict[str, Row],
@@ -290,7 +293,7 @@ def _timed(
     calls, and the others begin again.
     """
     if failed is None:
-        return interleave(calls, seconds, clock)
+        return interleave(calls, seconds, clock, slow=slow)
 
     def named(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -303,7 +306,8 @@ def _timed(
 
     while True:
         try:
-            return interleave({name: named(name, call) for name, call in calls.items()}, seconds, clock)
+            named_calls = {name: named(name, call) for name, call in calls.items()}
+            return interleave(named_calls, seconds, clock, slow=slow)
         except _Raised as raised:
             [name], cause = raised.args, raised.__cause__
             with _collected(failed, name):
@@ -327,7 +331,7 @@ def _calls(
         announce(contestant.name)
         with _collected(failed, contestant.name):
             calls[contestant.name] = functools.partial(once, contestant, prepared(contestant, inputs))
-            if failed is not None:
+            if failed is not None and contestant.role == CEILING:  # the others ran when they were checked
                 calls[contestant.name]()
     return {name: call for name, call in calls.items() if name not in (failed or {})}
 
@@ -377,8 +381,28 @@ def _fill(
             row.of_ceiling = next(shares) / next(shares) / _paired_ratio(samples[name], samples[ceiling.name])
 
 
+def _fill_memory(
+    case: Case,
+    device: str,
+    threads: int,
+    names: list[str],
+    calls: Mapping[str, Callable[[], Any]],
+    rows: Mapping[str, Row],
+    announce: Callable[[str], None],
+) -> None:
+    if device == "cpu":
+        announce("memory")
+        for name, peak in memory.contestant_peaks(case.key, names, threads).items():
+            rows[name].peak_extra_bytes = peak
+        return
+    for name in names:
+        announce(name)
+        rows[name].peak_extra_bytes = memory.cuda_peak(calls[name])
+
+
 def _paired_ratio(times: list[float], others: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+    """Over the rounds that both took part in: one that is slow is in the first only."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=False))
 
 
 def interquartile_range(times: list[float]) -> float:

@@ -1,19 +1,22 @@
 """Peak memory of a call. On a CPU in a process of its own, because memory freed earlier would hide in the heap.
 
 Linux keeps the largest resident size of a process (VmHWM) and resets it on request, so the peak of one call is exact,
-without sampling. `python -m bench.memory CASE CONTESTANT` is the child.
+without sampling. `python -m bench.memory CASE CONTESTANT ...` is the child, and forks for each contestant.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,8 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak_of(call: Callable[[], Any], device: str) -> tuple[int, int] | None:
     """(bytes before, largest bytes during the call); None where the system cannot tell (not Linux).
 
-    CPU: resident bytes of the process. cuda: bytes that torch's allocator handed out. Call it twice and take the
-    second: the first call of a kernel also loads code and starts threads.
+    CPU: resident bytes of the process. cuda: bytes that torch's allocator handed out. Run the call, or a small one like
+    it, before: a first call also loads code and starts threads.
     """
     gc.collect()
     if device == "cuda":
@@ -62,9 +65,9 @@ def run_child(module: str, arguments: Sequence[str]) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def contestant_peak(case_key: str, contestant: str, device: str, threads: int) -> int | None:
-    """Bytes a contestant needs at its peak beyond the case's inputs, outputs and gradients included."""
-    return run_child("bench.memory", [case_key, contestant, "--device", device, "--threads", str(threads)])
+def contestant_peaks(case_key: str, contestants: Sequence[str], threads: int) -> dict[str, int | None]:
+    """Bytes each contestant needs at its peak on the CPU beyond the case's inputs, outputs and gradients included."""
+    return run_child("bench.memory", [case_key, *contestants, "--threads", str(threads)])
 
 
 def cuda_peak(call: Callable[[], Any]) -> int:
@@ -77,23 +80,31 @@ def _status_bytes(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))[1])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def _contestant_peak(case_key: str, threads: int, name: str) -> int | None:
     from bench import measure, registry
 
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description="Peak extra bytes of one contestant.")
+    torch.set_num_threads(threads)
+    case = registry.find(case_key)
+    bench = registry.ops()[case.op]
+    contestant = next(c for c in bench.contestants(case, "cpu") if c.name == name)
+    for sized in (bench.smoke(case), case):  # the first call loads code and starts threads
+        inputs = measure.prepared(contestant, bench.build(sized, "cpu", case.dtype))
+        peak = peak_of(lambda inputs=inputs: measure.once(contestant, inputs), "cpu")
+    return None if peak is None else peak[1] - peak[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description="Peak extra bytes of contestants.")
     parser.add_argument("case")
-    parser.add_argument("contestant")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("contestants", nargs="+", metavar="contestant")
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-
-    case = registry.find(options.case)
-    bench = registry.ops()[case.op]
-    contestant = next(c for c in bench.contestants(case, options.device) if c.name == options.contestant)
-    inputs = measure.prepared(contestant, bench.build(case, options.device, case.dtype))
-    peaks = [peak_of(lambda: measure.once(contestant, inputs), options.device) for _ in range(2)]
-    print(json.dumps(None if peaks[-1] is None else peaks[-1][1] - peaks[-1][0]))
+    peak, fork = functools.partial(_contestant_peak, options.case, options.threads), multiprocessing.get_context("fork")
+    peaks = {}
+    for name in options.contestants:  # this process has imported torch, which takes seconds, and run nothing yet
+        with ProcessPoolExecutor(1, mp_context=fork) as process:
+            peaks[name] = process.submit(peak, name).result()
+    print(json.dumps(peaks))
 
 
 if __name__ == "__main__":

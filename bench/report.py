@@ -112,8 +112,9 @@ def _cells(row: dict[str, Any], unit: str) -> list[str]:
         return "-" if row[name] is None else text.format(row[name] * scale)
 
     name = f"**{row['contestant']}**" if row["role"] == OURS else row["contestant"]
+    note = "one sample" if row["samples"] == 1 else row["status"]
     return [
-        name if row["status"] == "ok" else f"{name} ({row['status']})",
+        name if note == "ok" else f"{name} ({note})",
         cell("median_s", "{:.3f} ms", 1e3),
         cell("min_s", "{:.3f} ms", 1e3),
         cell("iqr_s", "{:.3f} ms", 1e3),

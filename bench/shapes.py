@@ -28,7 +28,9 @@ M3B = Model("3B", heads=24, kv_heads=8, head_dim=128, hidden=3072)
 # A quarter of the heads of the real models, with which two CPU cores finish an attention in milliseconds.
 M1B_QUARTER = Model("1Bq", heads=8, kv_heads=2, head_dim=64, hidden=512)
 M3B_QUARTER = Model("3Bq", heads=6, kv_heads=2, head_dim=128, hidden=768)
-M1B_GROUP = Model("1Bg", heads=4, kv_heads=1, head_dim=64, hidden=256)  # one kv head of 1B and its query heads
+# One kv head and its query heads.
+M1B_GROUP = Model("1Bg", heads=4, kv_heads=1, head_dim=64, hidden=256)
+M3B_GROUP = Model("3Bg", heads=3, kv_heads=1, head_dim=128, hidden=384)
 PRESET_TINY = Model("preset-tiny", heads=2, kv_heads=1, head_dim=64, hidden=128)  # LumosConfig.tiny()
 TINY = Model("tiny", heads=4, kv_heads=2, head_dim=32, hidden=64)
 

@@ -141,6 +141,14 @@ def test_contestants_alternate_and_take_turns_at_the_first_place():
     assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
 
 
+def test_slow_calls_are_in_the_first_round_only():
+    def clock(call, repeats):
+        return call()
+
+    calls = {"slow": lambda: 7.0, "quick": lambda: 4.0}
+    assert measure.interleave(calls, 0.0, clock, min_rounds=3, slow=5.0) == {"slow": [7.0], "quick": [4.0, 4.0, 4.0]}
+
+
 def test_short_calls_are_repeated_within_a_sample():
     repeated = []
 
@@ -222,7 +230,9 @@ def test_peak_memory_counts_what_is_freed_again():
 
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="peak memory needs Linux")
 def test_peak_memory_of_a_contestant_comes_from_a_child():
-    assert memory.contestant_peak(ROPE_CASE.key, "eager", "cpu", threads=1) >= 0
+    peaks = memory.contestant_peaks(ROPE_CASE.key, ["eager", "official style"], threads=1)
+    assert list(peaks) == ["eager", "official style"]
+    assert min(peaks.values()) >= 0
 
 
 def test_a_child_that_fails_says_why():
