@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import environment, measure, memory
+from bench import environment, memory, timing
 from bench.official_sampler import official_style_sample
 from lumos import Lumos, LumosConfig, generate_tokens
 from lumos.tokens import SEPARATOR, VIDEO_START, number
@@ -87,7 +87,7 @@ def time_all(generation: Generation, rounds: int) -> dict[str, Any]:
         wrong = {name: share for name, share in agreement.items() if options.dtype == "float32" and share < AGREEMENT}
         if wrong:
             raise RuntimeError(f"the contestants' greedy tokens differ: shares of equal ones {agreement}")
-    clock = measure.clock_for(generation.device)
+    clock = timing.clock_for(generation.device)
     times: dict[tuple[str, int], list[float]] = {key: [] for key in contestants}
     for round_ in range(rounds):
         for key in contestants[round_ % len(contestants) :] + contestants[: round_ % len(contestants)]:

@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import memory
+from bench import memory, timing
 from bench.environment import available_memory
 from bench.registry import CEILING, DTYPE_NAMES, OURS, Case, Contestant, Inputs, OpBench, ops
 
-MIN_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample, the clock and Python's noise stay below 1 %
-MIN_ROUNDS, MAX_ROUNDS = 3, 200
 SLOW_CALL = 5.0  # seconds: one of a longer call is sampled once, unless the case is known as slow
 MEMORY_SHARE = 0.8  # of the free memory that a contestant may ask for
-CACHE_BYTES = 256 * 2**20  # written between samples on a GPU: more than any last-level cache
-HEAD_START_CYCLES = 1_500_000  # about 0.8 ms: longer than the host takes to enqueue a forward and a backward pass
 
 
 @dataclass
@@ -56,58 +50,6 @@ class Row:
     peak_extra_bytes: int | None = None
     error: float | None = None
     limit: float | None = None
-
-
-class Clock(Protocol):
-    """Seconds of `repeats` calls, together. An attribute min_sample replaces MIN_SAMPLE."""
-
-    def __call__(self, call: Callable[[], Any], repeats: int) -> float: ...
-
-
-def cpu_clock(call: Callable[[], Any], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return time.perf_counter() - start
-
-
-class CudaClock:
-    """CUDA events around each call, after a write that empties the cache.
-
-    The device then sleeps while the host enqueues the call: what is timed is the device's work, as in a training step
-    whose host runs ahead, and not Python. A call that makes the host wait for the device still pays for it.
-    """
-
-    min_sample = 2e-4  # events have a resolution of half a microsecond, and Python is not in the figure
-
-    def __init__(self) -> None:
-        self.cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
-
-    def __call__(self, call: Callable[[], Any], repeats: int) -> float:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in events:
-            self.cache.zero_()
-            torch.cuda._sleep(HEAD_START_CYCLES)
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in events) * 1e-3
-
-
-def clock_for(device: str) -> Clock:
-    return CudaClock() if device == "cuda" else cpu_clock
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """torch's CPU threads inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def prepared(contestant: Contestant, inputs: Inputs) -> Inputs:
@@ -202,41 +144,6 @@ def _collected(failed: dict[str, str] | None, name: str) -> Iterator[None]:
         torch.cuda.synchronize()
 
 
-def interleave(
-    calls: Mapping[str, Callable[[], Any]],
-    seconds: float,
-    clock: Clock = cpu_clock,
-    min_rounds: int = MIN_ROUNDS,
-    slow: float = math.inf,
-) -> dict[str, list[float]]:
-    """Seconds a call of each, round by round; every round begins with another one, so that nobody owns a place.
-
-    seconds: about how long to go on; at least min_rounds, which slow calls may take longer than.
-    slow: a call that takes longer than so many seconds is in the first round only.
-    """
-    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names, spent, rounds = list(calls), 0.0, 0
-    gc.collect()
-    while names and rounds < MAX_ROUNDS and (rounds < min_rounds or spent < seconds):
-        first = rounds % len(names)
-        for name in names[first:] + names[:first]:
-            begin = time.perf_counter()
-            samples[name].append(clock(calls[name], repeats[name]) / repeats[name])
-            spent += time.perf_counter() - begin  # what a clock does besides counts too
-        rounds += 1
-        names = [name for name in names if samples[name][0] <= slow]
-    return samples
-
-
-def _repeats(call: Callable[[], Any], clock: Clock) -> int:
-    """Calls in a sample. Warms up: a first call that is long enough was its own calibration."""
-    shortest = getattr(clock, "min_sample", MIN_SAMPLE)
-    if clock(call, 1) >= 10 * shortest:
-        return 1
-    return max(1, math.ceil(shortest / max(clock(call, 1), 1e-9)))
-
-
 def measure_case(
     case: Case,
     device: str = "cpu",
@@ -262,14 +169,14 @@ def measure_case(
             row.status = "no memory"
             row.reason = f"needs about {contestant.memory(case) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     failed: dict[str, str] | None = {} if tolerant else None
-    with torch_threads(threads):
+    with timing.torch_threads(threads):
         _check_rows(bench, case, device, contestants, rows, failed, announce)
         calls = _calls(bench, case, device, [c for c in contestants if rows[c.name].status == "ok"], failed, announce)
         for name, reason in (failed or {}).items():
             rows[name].status, rows[name].reason = "failed", reason
         announce("timing")
         slow = math.inf if case.slow else SLOW_CALL
-        samples = _timed(calls, seconds, slow, clock_for(device), failed, rows)
+        samples = _timed(calls, seconds, slow, timing.clock_for(device), failed, rows)
     running = [contestant for contestant in contestants if contestant.name in calls]
     _fill(bench, case, running, rows, samples)
     if with_memory:
@@ -285,7 +192,7 @@ def _timed(
     calls: dict[str, Callable[[], Any]],
     seconds: float,
     slow: float,
-    clock: Clock,
+    clock: timing.Clock,
     failed: dict[str, str] | None,
     rows: dict[str, Row],
 ) -> dict[str, list[float]]:
@@ -293,7 +200,7 @@ def _timed(
     calls, and the others begin again.
     """
     if failed is None:
-        return interleave(calls, seconds, clock, slow=slow)
+        return timing.interleave(calls, seconds, clock, slow=slow)
 
     def named(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -307,7 +214,7 @@ def _timed(
     while True:
         try:
             named_calls = {name: named(name, call) for name, call in calls.items()}
-            return interleave(named_calls, seconds, clock, slow=slow)
+            return timing.interleave(named_calls, seconds, clock, slow=slow)
         except _Raised as raised:
             [name], cause = raised.args, raised.__cause__
             with _collected(failed, name):
@@ -367,7 +274,7 @@ def _fill(
     for contestant in running:
         row, times = rows[contestant.name], samples[contestant.name]
         row.median_s, row.min_s, row.samples = statistics.median(times), min(times), len(times)
-        row.iqr_s = interquartile_range(times)
+        row.iqr_s = timing.interquartile_range(times)
         row.rate = (contestant.work or bench.work)(case).rate(row.median_s)
     best = next((c.name for c in running if c.role == OURS), None)
     ceilings = [c for c in running if c.role == CEILING]
@@ -403,11 +310,3 @@ def _fill_memory(
 def _paired_ratio(times: list[float], others: list[float]) -> float:
     """Over the rounds that both took part in: one that is slow is in the first only."""
     return statistics.median(a / b for a, b in zip(times, others, strict=False))
-
-
-def interquartile_range(times: list[float]) -> float:
-    """Between the quartiles of the samples; 0 for one sample."""
-    if len(times) < 2:
-        return 0.0
-    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
-    return third - first

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import environment, measure, memory
+from bench import environment, measure, memory, timing
 from bench.real_sample import SMALL, first_frames
 from lumos import apply_lumos_kernels
 from lumos.data import read_official_sample
@@ -150,7 +150,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
     comparison = Comparison(options)
     loss_difference, gradient_difference = comparison.differences()
     calls: dict[str, Callable] = {side: functools.partial(comparison.step, side) for side in (OFFICIAL, PATCHED)}
-    samples = measure.interleave(calls, options.seconds, measure.clock_for(options.device))
+    samples = timing.interleave(calls, options.seconds, timing.clock_for(options.device))
     ratios = [a / b for a, b in zip(samples[OFFICIAL], samples[PATCHED], strict=True)]
     result: dict[str, Any] = {
         "tokens": sum(map(len, comparison.ids)),

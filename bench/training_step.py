@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench import environment, measure, memory
+from bench import environment, memory, timing
 from bench.official_style import official_style_loss
 from lumos import Lumos, LumosConfig, MaskedBatch
 from lumos.checkpoint import CONFIG_NAME
@@ -158,7 +158,7 @@ def time_both(comparison: Comparison, dtype: str, seconds: float, rounds: int) -
         losses = {side: float(comparison.loss(side)) for side in (OURS, OFFICIAL)}
     difference, limit = check_losses(comparison, losses, dtype)
     calls: dict[str, Callable[[], None]] = {side: functools.partial(comparison.step, side) for side in losses}
-    samples = measure.interleave(calls, seconds, measure.clock_for(comparison.device), min_rounds=rounds)
+    samples = timing.interleave(calls, seconds, timing.clock_for(comparison.device), min_rounds=rounds)
     size = _size(comparison)
     return {
         **{side: {"loss": losses[side], **_times(samples[side], size["useful_flops"])} for side in losses},
@@ -172,7 +172,7 @@ def time_both(comparison: Comparison, dtype: str, seconds: float, rounds: int) -
 def ours_alone(comparison: Comparison) -> dict[str, Any]:
     """Loss of a first step, then the time and the peak of a second one: large sizes take minutes a step."""
     times, size = [], _size(comparison)
-    clock, step = measure.clock_for(comparison.device), functools.partial(comparison.step, OURS)
+    clock, step = timing.clock_for(comparison.device), functools.partial(comparison.step, OURS)
     loss = step()
     peak = _second_peak(comparison, lambda: times.append(clock(step, 1)))
     return {
@@ -216,7 +216,7 @@ def _times(samples: list[float], flops: int) -> dict[str, Any]:
     return {
         "median_s": median,
         "min_s": min(samples),
-        "iqr_s": measure.interquartile_range(samples),
+        "iqr_s": timing.interquartile_range(samples),
         "samples": len(samples),
         "flops_per_s": flops / median,
     }

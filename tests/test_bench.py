@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench import __main__ as command
-from bench import environment, formulas, measure, memory, real_sample, registry, report, training_step
+from bench import environment, formulas, measure, memory, real_sample, registry, report, timing, training_step
 from bench.official_style import official_mask, official_style_loss
 from bench.ops import frame_attention, mm_rope
 from bench.registry import Contestant
@@ -33,7 +33,7 @@ EPS = torch.finfo(torch.float32).eps
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Calls of microseconds: a second thread on a busy machine costs more than it gives."""
-    with measure.torch_threads(1):
+    with timing.torch_threads(1):
         yield
 
 
@@ -136,7 +136,7 @@ def test_contestants_alternate_and_take_turns_at_the_first_place():
         return 1.0
 
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples = measure.interleave(calls, seconds=0.0, clock=clock, min_rounds=4)
+    samples = timing.interleave(calls, seconds=0.0, clock=clock, min_rounds=4)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"  # a warm-up, then four rounds
     assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
 
@@ -146,7 +146,7 @@ def test_slow_calls_are_in_the_first_round_only():
         return call()
 
     calls = {"slow": lambda: 7.0, "quick": lambda: 4.0}
-    assert measure.interleave(calls, 0.0, clock, min_rounds=3, slow=5.0) == {"slow": [7.0], "quick": [4.0, 4.0, 4.0]}
+    assert timing.interleave(calls, 0.0, clock, min_rounds=3, slow=5.0) == {"slow": [7.0], "quick": [4.0, 4.0, 4.0]}
 
 
 def test_short_calls_are_repeated_within_a_sample():
@@ -154,11 +154,11 @@ def test_short_calls_are_repeated_within_a_sample():
 
     def clock(call, repeats):
         repeated.append(repeats)
-        return repeats * measure.MIN_SAMPLE / 10
+        return repeats * timing.MIN_SAMPLE / 10
 
-    samples = measure.interleave({"a": lambda: None}, seconds=0.0, clock=clock, min_rounds=1)
+    samples = timing.interleave({"a": lambda: None}, seconds=0.0, clock=clock, min_rounds=1)
     assert repeated[-1] == 10
-    assert samples["a"] == [pytest.approx(measure.MIN_SAMPLE / 10)]
+    assert samples["a"] == [pytest.approx(timing.MIN_SAMPLE / 10)]
 
 
 def _spoiled(change):

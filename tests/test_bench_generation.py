@@ -6,7 +6,7 @@ import pytest
 import torch
 from sampling_oracle import prompt, small_model
 
-from bench import demo_generation, generation, generation_quality, measure
+from bench import demo_generation, generation, generation_quality, timing
 from lumos import generate_tokens
 from lumos.codec import DctCodec
 from lumos.video import read_video, to_float, to_uint8
@@ -16,7 +16,7 @@ ARGUMENTS = ["--grid", "4x4", "--frames", "2", "--steps", "2", "--text", "5", "-
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    with measure.torch_threads(1):
+    with timing.torch_threads(1):
         yield
 
 

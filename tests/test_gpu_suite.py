@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_suite, measure, registry
+from bench import gpu_suite, measure, registry, timing
 from bench.gpu import cases, gates, parts, suite, summary, tests, whole_model
 from bench.gpu.suite import Part, Recorder, Suite, read_json, run_bounded, write_json
 from bench.registry import Contestant
@@ -369,7 +369,7 @@ def test_the_gpu_clock_times_the_calls_alone_and_with_a_cold_cache(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append((800, "sleep")))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append((0, "wait")))
-    clock = object.__new__(measure.CudaClock)
+    clock = object.__new__(timing.CudaClock)
     clock.cache = type("Cache", (), {"zero_": lambda self: happened.append((100, "flush"))})()
     took = clock(lambda: happened.append((44, "call")), 3)
     assert took == pytest.approx(3 * 45e-6)  # 44 us of the call and 1 of its first event
@@ -382,7 +382,7 @@ def test_a_measurement_ends_with_the_time_that_passes_not_with_the_time_that_it_
         return 1e-6 * repeats
 
     start = time.monotonic()
-    measure.interleave({"a": lambda: None, "b": lambda: None}, seconds=0.2, clock=clock)
+    timing.interleave({"a": lambda: None, "b": lambda: None}, seconds=0.2, clock=clock)
     assert time.monotonic() - start < 2
 
 

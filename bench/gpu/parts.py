@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench import environment, measure, registry
+from bench import environment, registry, timing
 from bench.environment import ROOT
 from bench.gpu import tests, whole_model
 from bench.gpu.cases import SHARED
@@ -137,7 +137,7 @@ def ceilings(run: Run) -> None:
     target = torch.empty_like(source)
     a, b = torch.randn(2, size, size, device=run.device).to(torch.bfloat16)
     calls = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
-    samples = measure.interleave(calls, 0.05 if run.dry_run else 2.0, measure.clock_for(run.device))
+    samples = timing.interleave(calls, 0.05 if run.dry_run else 2.0, timing.clock_for(run.device))
     seconds = {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
     run.record["copy"] = {"seconds": seconds["copy"], "GB/s": 4 * count / seconds["copy"] / 1e9}
     run.record["matmul"] = {"seconds": seconds["matmul"], "TFLOP/s": 2 * size**3 / seconds["matmul"] / 1e12}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 import lumos
-from bench import measure, memory
+from bench import memory, timing
 from bench.gpu.tests import gpu_implementations
 from bench.official_style import official_style_loss
 from lumos import Lumos, LumosConfig, mask_tokens
@@ -108,8 +108,8 @@ class Step:
 def timed(step: Step, call: Callable[[], None], seconds: float) -> dict[str, Any]:
     """Median seconds of a step, its share of the device's peak, and its peak memory beyond weights and states."""
     call()  # makes the optimizer's state and compiles
-    clock = measure.clock_for(step.device)
-    samples = measure.interleave({"step": call}, seconds, clock, min_rounds=2)["step"]
+    clock = timing.clock_for(step.device)
+    samples = timing.interleave({"step": call}, seconds, clock, min_rounds=2)["step"]
     median = statistics.median(samples)
     before, highest = memory.peak_of(call, step.device) or (None, None)
     peak = next(

@@ -1,0 +1,113 @@
+"""Times calls against each other: clocks for CPUs and GPUs, rounds in which the calls alternate."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+
+MIN_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample, the clock and Python's noise stay below 1 %
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+CACHE_BYTES = 256 * 2**20  # written between samples on a GPU: more than any last-level cache
+HEAD_START_CYCLES = 1_500_000  # about 0.8 ms: longer than the host takes to enqueue a forward and a backward pass
+
+
+class Clock(Protocol):
+    """Seconds of `repeats` calls, together. An attribute min_sample replaces MIN_SAMPLE."""
+
+    def __call__(self, call: Callable[[], Any], repeats: int) -> float: ...
+
+
+def cpu_clock(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return time.perf_counter() - start
+
+
+class CudaClock:
+    """CUDA events around each call, after a write that empties the cache.
+
+    The device then sleeps while the host enqueues the call: what is timed is the device's work, as in a training step
+    whose host runs ahead, and not Python. A call that makes the host wait for the device still pays for it.
+    """
+
+    min_sample = 2e-4  # events have a resolution of half a microsecond, and Python is not in the figure
+
+    def __init__(self) -> None:
+        self.cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Callable[[], Any], repeats: int) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            self.cache.zero_()
+            torch.cuda._sleep(HEAD_START_CYCLES)
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) * 1e-3
+
+
+def clock_for(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else cpu_clock
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch's CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    clock: Clock = cpu_clock,
+    min_rounds: int = MIN_ROUNDS,
+    slow: float = math.inf,
+) -> dict[str, list[float]]:
+    """Seconds a call of each, round by round; every round begins with another one, so that nobody owns a place.
+
+    seconds: about how long to go on; at least min_rounds, which slow calls may take longer than.
+    slow: a call that takes longer than so many seconds is in the first round only.
+    """
+    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names, spent, rounds = list(calls), 0.0, 0
+    gc.collect()
+    while names and rounds < MAX_ROUNDS and (rounds < min_rounds or spent < seconds):
+        first = rounds % len(names)
+        for name in names[first:] + names[:first]:
+            begin = time.perf_counter()
+            samples[name].append(clock(calls[name], repeats[name]) / repeats[name])
+            spent += time.perf_counter() - begin  # what a clock does besides counts too
+        rounds += 1
+        names = [name for name in names if samples[name][0] <= slow]
+    return samples
+
+
+def _repeats(call: Callable[[], Any], clock: Clock) -> int:
+    """Calls in a sample. Warms up: a first call that is long enough was its own calibration."""
+    shortest = getattr(clock, "min_sample", MIN_SAMPLE)
+    if clock(call, 1) >= 10 * shortest:
+        return 1
+    return max(1, math.ceil(shortest / max(clock(call, 1), 1e-9)))
+
+
+def interquartile_range(times: list[float]) -> float:
+    """Between the quartiles of the samples; 0 for one sample."""
+    if len(times) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
+    return third - first
