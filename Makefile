@@ -1,6 +1,7 @@
 # make demo   from nothing: tokenise real clips, train a tiny model, compare with the official way, write demo/report.md
 # make test   from nothing: every test but those marked slow
-# also: test-all (slow ones too), sanitize (native code under ASan and UBSan, 10 minutes), bench, lint, clean,
+# also: test-all (slow ones too), sanitize (native code under ASan and UBSan, 10 minutes), bench (every op on this CPU
+# against its rivals, 10 minutes), lint, clean,
 # gpu-suite (on a machine with a GPU and a CUDA build of torch: everything it is needed for, into gpu-suite/)
 PYTHON ?= python3
 # What to give pip for torch, e.g. TORCH="torch triton --index-url ..." for a CPU build from torch's own index.

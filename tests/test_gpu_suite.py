@@ -250,6 +250,23 @@ def test_a_file_of_kernel_tests_is_read_by_its_report(tmp_path, monkeypatch):
     assert kernels.problems[0].startswith("test_tube_loss_triton.py: pytest timeout")
 
 
+def test_every_file_of_kernel_tests_is_run_for_its_op(tmp_path):
+    class FakeRun:
+        folder = tmp_path
+
+    files = tests.kernel_files()
+    assert {file.name for file in tests.KERNEL_FILES.glob("test_*.py")} == {
+        *(file.name for file in files),
+        "test_interpreter_bf16.py",
+    }
+    assert {tests.KernelFile(FakeRun, file).op for file in files} == {
+        "frame_attention",
+        "masked_sample",
+        "mm_rope",
+        "tube_masked_loss",
+    }
+
+
 # Contestants that take the process down
 
 

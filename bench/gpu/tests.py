@@ -42,7 +42,7 @@ def run(run: Any) -> None:
     pairs = pairs if run.dry_run else gpu_implementations()
     run.record["digests"] = {f"{op} {impl}": digest(op, impl) for op, impl in pairs}
     groups: list[Group | KernelFile] = [Group(run, op) for op in dict.fromkeys(op for op, _ in pairs)]
-    groups += [] if run.dry_run else [KernelFile(run, file) for file in sorted(KERNEL_FILES.glob("test_*_triton.py"))]
+    groups += [] if run.dry_run else [KernelFile(run, file) for file in kernel_files()]
     _together(run, groups, groups, "not large", run.left() * (1 - LARGE_SHARE))
     # Attention past 2^31 elements takes 50 GB; the others fit beside each other.
     by_op = [group for group in groups if isinstance(group, Group)]
@@ -110,12 +110,16 @@ class Group:
         return list(tests.values())
 
 
+def kernel_files() -> list[Path]:
+    return sorted(KERNEL_FILES.glob("test_*_triton*.py"))
+
+
 class KernelFile:
     """A file of tests/triton_kernels, which without a GPU runs in Triton's interpreter: here it runs natively."""
 
     def __init__(self, run: Any, file: Path) -> None:
         self.file, self.problems = file, []
-        folder = file.stem.removeprefix("test_").removesuffix("_triton")
+        folder = file.stem.removeprefix("test_").split("_triton")[0]
         named = [name for name, op in dispatch.ops().items() if op.package.endswith(f".{folder}")]
         self.op = named[0] if named else folder
         self.log, self.report = run.folder / f"tests_{file.stem}.log", run.folder / f"tests_{file.stem}.xml"
