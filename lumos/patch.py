@@ -73,12 +73,13 @@ def apply_lumos_kernels(
         raise ValueError(f"compat must be one of {', '.join(COMPAT)}, got {compat!r}")
     model = unwrap(model)
     check_model(model)
-    patch = model.model.__dict__.get("_lumos")
+    decoder = unwrap(model.model)
+    patch = decoder.__dict__.get("_lumos")
     if patch is None:
         patch = _Patch()
-        patch.replace(model.model, "_update_causal_mask", _update_causal_mask)
-        patch.replace(model.model, "generate_mm_position_ids", _generate_mm_position_ids)
-        for layer in model.model.layers:
+        patch.replace(decoder, "_update_causal_mask", _update_causal_mask)
+        patch.replace(decoder, "generate_mm_position_ids", _generate_mm_position_ids)
+        for layer in decoder.layers:
             patch.replace(unwrap(layer.self_attn), "forward", _attention)
         if trains(model):
             patch.replace(model, "forward_mask", _forward_mask)

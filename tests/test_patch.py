@@ -12,7 +12,10 @@ import torch
 from golden import worst
 from official_double import SPECIAL, VISUAL_START, training_options
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -325,6 +328,17 @@ def test_wrappers_around_layers_and_model(patch_first, tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert_same({name.removeprefix("module."): value for name, value in found.items()}, expected)
+
+
+def test_a_wrapped_decoder_is_patched_inside():
+    model = build()
+    expected = step(model, *mixed())
+    model.model = checkpoint_wrapper(model.model)
+    before = state_of(model)
+    undo = apply_lumos_kernels(model)
+    assert_same(step(model, *mixed()), expected)
+    undo()
+    assert_untouched(model, before)
 
 
 def test_given_frames_and_cut_samples():
