@@ -19,7 +19,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MethodType, SimpleNamespace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -100,11 +101,11 @@ class _Patch:
         """function(module, ...) becomes module.<name>; the official one stays at hand as module._lumos_<name>."""
         self.replaced.append((module, name, function, module.__dict__.get(name)))
         module.__dict__.update({"_lumos": self, f"_lumos_{name}": getattr(module, name)})
-        module.__dict__[name] = MethodType(function, module)
+        module.__dict__[name] = partial(function, module)  # a bound method would be pickled by a name that no class has
 
     def undo(self) -> None:
         for module, name, function, _ in self.replaced:
-            if getattr(module.__dict__.get(name), "__func__", None) is not function:
+            if getattr(module.__dict__.get(name), "func", None) is not function:
                 raise RuntimeError(
                     f"{name} of {type(module).__name__} was replaced again after apply_lumos_kernels: undo that first"
                 )

@@ -285,6 +285,22 @@ def test_a_copy_of_a_patched_model_is_patched_and_has_its_own_weights():
     assert all(torch.equal(value, expected[name]) for name, value in step(twin, *mixed()).items())
 
 
+def test_a_saved_patched_model_loads_patched(tmp_path):
+    model = build()
+    expected = step(model, *mixed())
+    apply_lumos_kernels(model, compat="fixed")
+    torch.save(model, tmp_path / "model.pt")
+    apply_lumos_kernels(model)
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert twin.model.layers[1].self_attn._lumos is twin._lumos
+    assert twin._lumos.options.compat == "fixed"
+    undo = apply_lumos_kernels(twin)
+    assert_same(step(twin, *mixed()), expected)
+    undo()
+    assert "_lumos" not in twin.__dict__
+    assert all(torch.equal(value, expected[name]) for name, value in step(twin, *mixed()).items())
+
+
 def test_methods_that_others_replaced_come_back_or_stop_the_undo():
     model = build()
     model.forward_mask = before = model.forward_mask
