@@ -136,15 +136,14 @@ class _Stream:
     def positions(self, position_ids: tuple[Tensor, ...] | Tensor, batch: int) -> Tensor:
         """int32 [3, B L], made once for all layers.
 
-        position_ids: the official (text, t, h, w, content), each [B, L], or int64 [B or 1, L] for plain RoPE.
+        position_ids: the official (text, t, h, w, content) or, for plain RoPE, one tensor; int64 [B or 1, L] each.
         """
         if self._positions is None:
+            axes = position_ids
             if isinstance(position_ids, tuple):
                 text, *axes, content = position_ids
                 axes = torch.where(content.bool(), torch.stack(axes), text)
-            else:
-                axes = position_ids.expand(3, batch, -1)
-            self._positions = axes.reshape(3, -1).to(torch.int32)
+            self._positions = axes.expand(3, batch, -1).reshape(3, -1).to(torch.int32)
         return self._positions
 
 

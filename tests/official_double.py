@@ -177,7 +177,7 @@ class Attention(nn.Module):
         axis = torch.where(channel < 4, 0, torch.where(channel // 2 % 2 == 0, 1, 2))
         tables = [torch.stack(table) for table in zip(*(self.rotary_emb(x, p) for p in (t, h, w)), strict=True)]
         plain = self.rotary_emb(x, text)
-        pick = axis.expand(1, *x.shape[:1], x.shape[2], -1)
+        pick = axis.expand(1, *content.shape, -1)
         return tuple(
             torch.where(content[..., None].bool(), table.gather(0, pick)[0], one)
             for table, one in zip(tables, plain, strict=True)

@@ -587,6 +587,7 @@ def odd_positions(ids: Tensor) -> tuple[Tensor, ...]:
         ({"attention_mask": lambda ids: official.create_attention_mask_t2v(ids, SPECIAL)}, True),
         ({"position_ids": lambda ids: torch.arange(ids.shape[1])[None]}, True),
         ({"position_ids": odd_positions}, True),
+        ({"position_ids": lambda ids: odd_positions(ids[:1])}, True),
         ({"attention_mask": lambda ids: torch.ones_like(ids)}, False),
         ({"attention_mask": lambda ids: additive(torch.eye(ids.shape[1]).bool())}, False),  # no prefix
         ({"attention_mask": lambda ids: additive(torch.ones(ids.shape[1], ids.shape[1]).tril().bool()) * 1e-9}, False),
@@ -596,7 +597,18 @@ def odd_positions(ids: Tensor) -> tuple[Tensor, ...]:
         ),
         ({"output_attentions": lambda ids: True}, False),
     ],
-    ids=["causal", "frames", "plain rope", "odd positions", "2-D", "diagonal", "bias", "falling", "weights"],
+    ids=[
+        "causal",
+        "frames",
+        "plain rope",
+        "odd positions",
+        "shared positions",
+        "2-D",
+        "diagonal",
+        "bias",
+        "falling",
+        "weights",
+    ],
 )
 def test_calls_without_a_cache(options, fused, attention_calls):
     model = build(official.SamplingModel)
