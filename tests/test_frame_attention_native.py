@@ -235,6 +235,18 @@ def test_one_channel_of_large_norm(isa, of, factor, channel):
     check(leaves, limits, upstream_of(leaves, lse=of != "v"))
 
 
+@pytest.mark.parametrize("size", [100, 5000, 1e5])
+def test_scores_whose_neighbours_in_fp32_are_units_apart(isa, size):
+    """Exponents of 10^10: what rounding leaves of one is no fraction. Forward only: lse has no digits for backward."""
+    limits = causal(300)
+    leaves = [x.detach() for x in leaves_of(limits, (4, 2), 64, torch.bfloat16)]
+    q, k, v = leaves[0] * size, leaves[1] * size, leaves[2]
+    actual, low = (frame_attention(q, k, v, limits, return_lse=True, impl=impl) for impl in ("native", "reference"))
+    high = frame_attention(q.double(), k.double(), v.double(), limits, return_lse=True, impl="reference")
+    for name, a, lo, hi in zip(NAMES, actual, low, high, strict=False):
+        assert_close_to_reference(a, lo, hi, name)
+
+
 def test_large_values_at_large_scores(isa):
     """Exponents of 26 pass for a fixed reference of 0, but their p times values of 2^110 would overflow."""
     limits = causal(100)

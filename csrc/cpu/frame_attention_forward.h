@@ -132,7 +132,7 @@ class Forward {
     if constexpr (M::kFixedReference) {
       float& norm = space_.norms[row / M::kRows];
       if (norm * key_norm_ * factor_ <= kFixedLimit) {  // false for NaN, which infinity times 0 is, too
-        for (int64_t i = 0; i < M::kRows; ++i) weigh(row, i, 0.0f, 1.0f);
+        for (int64_t i = 0; i < M::kRows; ++i) weigh<false>(row, i, 0.0f, 1.0f);
         add_values<Start::sum>(row, nullptr);
         return;
       }
@@ -201,15 +201,17 @@ class Forward {
       best[i] = found;
     }
     for (int64_t i = 0; i < kPaddedRows; i += kLanes) store(factors + i, exp2<6>(load(change + i)));
-    for (int64_t i = 0; i < M::kRows; ++i) weigh(row, i, top[i], factors[i]);
+    for (int64_t i = 0; i < M::kRows; ++i) weigh<true>(row, i, top[i], factors[i]);
   }
 
+  template <bool kLarge>
   static Vec weight(Vec score, Vec factor, Vec reference) {
-    if constexpr (M::kFixedReference) return exp2_product<M::kForwardDegree>(score, factor, reference);
+    if constexpr (M::kFixedReference) return exp2_product<M::kForwardDegree, kLarge>(score, factor, reference);
     return exp2<M::kForwardDegree>((score - reference) * factor);
   }
 
   /// Row i of the scores to probabilities against a reference; what their sums hold is worth `worth` of itself now.
+  template <bool kLarge>
   void weigh(int64_t row, int64_t i, float reference, float worth) {
     const float* scores = space_.scores + i * columns_;
     float* p = space_.p + i * columns_ / M::kStep;
@@ -218,8 +220,8 @@ class Forward {
     Vec first_sum = load(parts) * broadcast(worth), second_sum = broadcast(0.0f);
     Vec rounded_sum = load(rounded) * broadcast(worth);
     for (int64_t j = 0; j < columns_; j += 2 * kLanes) {
-      const Vec first = weight(load(scores + j), factor, shift);
-      const Vec second = weight(load(scores + j + kLanes), factor, shift);
+      const Vec first = weight<kLarge>(load(scores + j), factor, shift);
+      const Vec second = weight<kLarge>(load(scores + j + kLanes), factor, shift);
       first_sum = first_sum + first;
       second_sum = second_sum + second;
       M::store_along(p + j / M::kStep, first, second);

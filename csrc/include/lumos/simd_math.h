@@ -178,10 +178,14 @@ inline Vec exp2(Vec x) {
 
 /// 2^(a b - reference) for an integer reference, up to 2^127; 0 below 2^-126. Another reference changes the result by
 /// that power of 2 exactly, as long as it is not 0.
-template <int kDegree>
+///
+/// kLarge: a b may be 2^24 and more, where floats are further apart than 1; the fraction is held within that.
+template <int kDegree, bool kLarge>
 inline Vec exp2_product(Vec a, Vec b, Vec reference) {
   const Vec power = round_to_integer(a * b), rest = power - reference;
-  return times_power_of_2(exp2_fraction<kDegree>(fms(a, b, power)), rest, rest - broadcast(0.5f));
+  Vec fraction = fms(a, b, power);
+  if constexpr (kLarge) fraction = maximum(broadcast(-1.0f), minimum(broadcast(1.0f), fraction));
+  return times_power_of_2(exp2_fraction<kDegree>(fraction), rest, rest - broadcast(0.5f));
 }
 
 }  // namespace
