@@ -247,6 +247,23 @@ def test_scores_whose_neighbours_in_fp32_are_units_apart(isa, size):
         assert_close_to_reference(a, lo, hi, name)
 
 
+@pytest.mark.parametrize("place", [1, 3, 30, 39])
+def test_a_query_that_is_nan_leaves_the_others(isa, place):
+    """Among rows of small and of large norm, which it must not hide."""
+    limits = causal(40)
+    q, k, v = (leaf.detach() for leaf in leaves_of(limits, (2, 1), 64, torch.bfloat16))
+    q[..., 0] = k[..., 0] = 8
+    q[place - 1] *= 60
+    others = torch.arange(40) != place
+    expected = frame_attention(q, k, v, limits, return_lse=True, impl="native")
+    q[place] = torch.nan
+    o, lse = frame_attention(q, k, v, limits, return_lse=True, impl="native")
+    assert_bitwise_equal(o[others], expected[0][others], "o")
+    assert_bitwise_equal(lse[:, others], expected[1][:, others], "lse")
+    assert o[place].isnan().all()
+    assert lse[:, place].isnan().all()
+
+
 def test_large_values_at_large_scores(isa):
     """Exponents of 26 pass for a fixed reference of 0, but their p times values of 2^110 would overflow."""
     limits = causal(100)

@@ -146,7 +146,7 @@ inline float largest_square(const float* words, int64_t rows, int64_t columns) {
   return found;
 }
 
-/// The same along the rows, but that a NaN may get lost.
+/// The same along the rows, but that rows with a NaN do not count.
 template <class M>
 inline float largest_row_square(const float* words, int64_t rows, int64_t columns) {
   float found = 0;
@@ -157,7 +157,7 @@ inline float largest_row_square(const float* words, int64_t rows, int64_t column
     store(lanes, sum);
     float square = 0;
     for (float lane : lanes) square += lane;
-    found = found >= square ? found : square;
+    found = square > found ? square : found;
   }
   return found;
 }
