@@ -264,6 +264,17 @@ def test_a_query_that_is_nan_leaves_the_others(isa, place):
     assert lse[:, place].isnan().all()
 
 
+@pytest.mark.parametrize("place", [0, 9, 32, 59])
+def test_a_query_whose_square_overflows(isa, place):
+    """In a channel where the keys are 0. The rows beside it have exponents near -290, all of them."""
+    limits = causal(60)
+    leaves = leaves_of(limits, (2, 1), 64, torch.bfloat16)
+    q, k, _ = (leaf.data for leaf in leaves)
+    q[..., 0], k[..., 0], k[..., 1] = 20, -80, 0
+    q[place, :, 1] = 2.0**66
+    check(leaves, limits, upstream_of(leaves))
+
+
 def test_large_values_at_large_scores(isa):
     """Exponents of 26 pass for a fixed reference of 0, but their p times values of 2^110 would overflow."""
     limits = causal(100)

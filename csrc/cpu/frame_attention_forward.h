@@ -95,8 +95,9 @@ class Forward {
     fill(space_.best, group_ * padded_, M::kFixedReference ? 0.0f : -kInfinity);
     if constexpr (M::kFixedReference) {
       for (int64_t row = 0; row < group_ * padded_; row += M::kRows) {
-        const float square = largest_row_square<M>(space_.q + row * words_, M::kRows, words_);
-        space_.norms[row / M::kRows] = __builtin_sqrtf(square);
+        const float norm = __builtin_sqrtf(largest_row_square<M>(space_.q + row * words_, M::kRows, words_));
+        space_.norms[row / M::kRows] = norm;
+        if (norm == kInfinity) follow_maximum(row);
       }
     }
   }
