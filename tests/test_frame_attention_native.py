@@ -275,6 +275,15 @@ def test_a_query_whose_square_overflows(isa, place):
     check(leaves, limits, upstream_of(leaves))
 
 
+@pytest.mark.parametrize("of", ["q", "k"])
+def test_squares_that_vanish(isa, of):
+    """bf16 products flush what is below 2^-126, such as squares of 2^-66, but at this scale exponents reach 200."""
+    limits = causal(60)
+    leaves = leaves_of(limits, (4, 1), 64, torch.bfloat16)
+    leaves["qk".index(of)].data *= 2.0**-66
+    check(leaves, limits, upstream_of(leaves), scale=2.0**70)
+
+
 def test_large_values_at_large_scores(isa):
     """Exponents of 26 pass for a fixed reference of 0, but their p times values of 2^110 would overflow."""
     limits = causal(100)

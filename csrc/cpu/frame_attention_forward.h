@@ -95,7 +95,7 @@ class Forward {
     fill(space_.best, group_ * padded_, M::kFixedReference ? 0.0f : -kInfinity);
     if constexpr (M::kFixedReference) {
       for (int64_t row = 0; row < group_ * padded_; row += M::kRows) {
-        const float norm = __builtin_sqrtf(largest_row_square<M>(space_.q + row * words_, M::kRows, words_));
+        const float norm = norm_of(largest_row_square<M>(space_.q + row * words_, M::kRows, words_));
         space_.norms[row / M::kRows] = norm;
         if (norm == kInfinity) follow_maximum(row);
       }
@@ -108,6 +108,9 @@ class Forward {
     for (int64_t i = 0; i < count; ++i) words[i] = float_of(bits_of(words[i]) ^ kSigns);
   }
 
+  /// From a sum of squares, to which dots add no products below kTiny.
+  float norm_of(float square) const { return __builtin_sqrtf(square + x_.head_dim * kTiny); }
+
   void pack_keys(int64_t key, int64_t count) {
     columns_ = round_up(count, kColumns);
     const auto source = [&](const ConstHeads& tensor) {
@@ -117,7 +120,7 @@ class Forward {
     pack<M>(source(x_.v), columns_, space_.rows, nullptr, space_.v);
     if constexpr (M::kFixedReference) {
       // Of v, the norm of a channel over the block bounds its elements.
-      key_norm_ = __builtin_sqrtf(largest_square<M>(space_.k, words_, columns_));
+      key_norm_ = norm_of(largest_square<M>(space_.k, words_, columns_));
       const float value = largest_square<M>(space_.v, columns_ / M::kStep, x_.head_dim);
       if (!(value <= kLargestValue * kLargestValue)) key_norm_ = kInfinity;
     }
