@@ -9,7 +9,8 @@
 // not overflow. The norms are the largest of a row block and of a key block; a row block turns to the maximum at the
 // first key block that is too large, or not finite. The maximum is rounded to an integer there: what a row does not
 // see does count in the norms, but which reference it leads to changes p by a power of 2 and no bit of the result.
-// (The exception: terms that fp32 loses under one reference and holds under the other, those of values |v| < 2^-64.)
+// (The exception: terms that fp32 may lose under one reference and hold under the other, those of values |v| < 2^-64 or
+// of weights below 2^-60.)
 // Elsewhere the exponent is (s - maximum) factor, so that the row of one key has p = 1 and its o is v exactly, in fp32
 // too.
 #pragma once
