@@ -1,6 +1,7 @@
 """The benchmarks themselves: what they compare is right, and who computes something else gets no figure."""
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
@@ -233,6 +234,20 @@ def test_peak_memory_of_a_contestant_comes_from_a_child():
     peaks = memory.contestant_peaks(ROPE_CASE.key, ["eager", "official style"], threads=1)
     assert list(peaks) == ["eager", "official style"]
     assert min(peaks.values()) >= 0
+
+
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="peak memory needs Linux")
+def test_peak_memory_leaves_out_what_first_calls_keep(monkeypatch):
+    size, kept = 64 * 2**20, []
+
+    def run(inputs):
+        if len(kept) < 2:  # in the small case, and in the first call of the case itself
+            kept.append(torch.ones(size, dtype=torch.uint8))
+        return mm_rope.eager(inputs)
+
+    bench = dataclasses.replace(mm_rope.BENCH, rivals=[Contestant("keeps", run)])
+    monkeypatch.setattr(registry, "ops", lambda: {"mm_rope": bench})
+    assert memory._contestant_peak(ROPE_CASE.key, torch.get_num_threads(), "keeps") < size / 2
 
 
 def test_a_child_that_fails_says_why():
