@@ -229,6 +229,14 @@ def test_peak_memory_counts_what_is_freed_again():
     assert all(0.95 * size <= highest - before <= 1.25 * size for before, highest in peaks)
 
 
+def test_a_case_whose_rivals_are_others_than_those_of_the_small_one_is_its_own():
+    case = registry.find("mm_rope/1B-256p-1f/bf16/forward")
+    small = mm_rope.BENCH.smoke(case)
+    assert small.key == "mm_rope/tiny-smoke/bf16/forward"
+    rivals = [Contestant(c.key, mm_rope.eager, available=lambda at, device, c=c: at == c) for c in (case, small)]
+    assert dataclasses.replace(mm_rope.BENCH, rivals=rivals).smoke(case) == case
+
+
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="peak memory needs Linux")
 def test_peak_memory_of_a_contestant_comes_from_a_child():
     peaks = memory.contestant_peaks(ROPE_CASE.key, ["eager", "official style"], threads=1)
