@@ -245,7 +245,7 @@ def _update_causal_mask(
     official = (attention_mask, input_tensor, cache_position, past_key_values, output_attentions)
     batch, length, _ = input_tensor.shape
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    if output_attentions or (past_key_values is not None and past_key_values.get_max_length() is not None):
+    if output_attentions or _fixed_size(past_key_values):
         self._lumos.tell("a call wants attention weights or has a cache of fixed size")
     elif not self._lumos.options.attention:
         return _Stream(dense=self._lumos__update_causal_mask(*official))
@@ -342,6 +342,12 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     mask = None if mask is None else mask[..., : k.shape[2]].to(q.dtype)
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True).transpose(1, 2)
+
+
+def _fixed_size(cache: Any) -> bool:
+    """Whether a cache, or None, has a limit; transformers 4.44 tells it by the second name, 4.50 by the first."""
+    tell = getattr(cache, "get_max_cache_shape", None) or getattr(cache, "get_max_length", lambda: None)
+    return tell() not in (None, -1)
 
 
 def _heads(x_THD: Tensor, batch: int) -> Tensor:

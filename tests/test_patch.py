@@ -623,12 +623,15 @@ def test_calls_without_a_cache(options, fused, attention_calls):
         assert all(torch.equal(a, b) for a, b in zip(weights, found_weights, strict=True))
 
 
-def test_a_cache_of_fixed_size_goes_the_official_way(attention_calls, monkeypatch):
+@pytest.mark.parametrize("name", ["get_max_length", "get_max_cache_shape"])  # transformers 4.44, 4.50
+@pytest.mark.parametrize(("size", "fused"), [(None, True), (-1, True), (500, False)])
+def test_a_cache_of_fixed_size_goes_the_official_way(name, size, fused, attention_calls, monkeypatch):
     model = build(official.SamplingModel)
     apply_lumos_kernels(model)
-    monkeypatch.setattr(official.DynamicCache, "get_max_length", lambda self: 500)
+    monkeypatch.delattr(official.DynamicCache, "get_max_length")
+    monkeypatch.setattr(official.DynamicCache, name, lambda self: size, raising=False)
     sampled(model)
-    assert not attention_calls
+    assert bool(attention_calls) == fused
 
 
 # What is refused.
