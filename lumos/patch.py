@@ -248,7 +248,8 @@ def _update_causal_mask(
     if output_attentions or _fixed_size(past_key_values):
         self._lumos.tell("a call wants attention weights or has a cache of fixed size")
     elif not self._lumos.options.attention:
-        return _Stream(dense=self._lumos__update_causal_mask(*official))
+        mask = self._lumos__update_causal_mask(*official)
+        return _Stream(dense=mask) if self._lumos.options.rope else mask
     elif attention_mask is None:
         ends = torch.arange(past + 1, past + length + 1, device=input_tensor.device)
         return _Stream(_limits(ends.expand(batch, length), past + length))

@@ -115,6 +115,13 @@ def test_losses_and_every_gradient_are_the_official_ones(switches, changes):
     assert_same(step(model, *mixed()), expected)
 
 
+def test_with_nothing_to_replace_every_bit_is_the_official_one():
+    model = build(dtype=torch.float32)
+    expected = step(model, *mixed())
+    apply_lumos_kernels(model, rope=False, attention=False, loss=False)
+    assert all(torch.equal(value, expected[name]) for name, value in step(model, *mixed()).items())
+
+
 @pytest.mark.parametrize("impl", ["auto", "reference", {"frame_attention": "reference"}])
 def test_fp32_is_within_twice_the_official_error(impl):
     model = build(dtype=torch.float32)
