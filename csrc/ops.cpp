@@ -13,6 +13,7 @@
 #include "lumos/frame_attention.h"
 #include "lumos/mm_rope.h"
 #include "lumos/tube_loss.h"
+#include "memory.h"
 #include "op_common.h"
 
 namespace lumos {
@@ -21,10 +22,6 @@ namespace {
 ConstHeads read_heads(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 
 Heads write_heads(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
-
-Tensor empty_on_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype);
-}
 
 /// Floats for one thread, aligned to a cache line. std::aligned_alloc wants a multiple of the alignment.
 struct Scratch {
@@ -406,6 +403,7 @@ void tube_loss_add_outer(Tensor dlogits, Tensor x, Tensor dweight, int64_t isa) 
 
 // The instruction set is an int: torch's stable ABI leaks a std::string for every string argument (seen in 2.13).
 STABLE_TORCH_LIBRARY(lumos_native, m) {
+  m.def("advise_huge_pages(Tensor unwritten) -> ()");
   m.def(
       "frame_attention_forward(Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_end, Tensor q_start, "
       "Tensor q_end, float scale, int isa) -> (Tensor, Tensor)");
@@ -436,6 +434,7 @@ STABLE_TORCH_LIBRARY(lumos_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lumos_native, CPU, m) {
+  m.impl("advise_huge_pages", TORCH_BOX(&lumos::advise_huge_pages));
   m.impl("frame_attention_forward", TORCH_BOX(&lumos::frame_attention_forward));
   m.impl("frame_attention_backward", TORCH_BOX(&lumos::frame_attention_backward));
   m.impl("mm_rope_forward", TORCH_BOX(&lumos::mm_rope_forward));

@@ -1,0 +1,40 @@
+// Memory of large results.
+//
+// glibc maps every block of 32 MiB and more anew and unmaps it when it is freed, so each call of an op would have the
+// kernel hand out and clear its outputs in 4 KiB pages: 18 of mm_rope's 27 ms. Huge pages take a 512th of the faults.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
+
+namespace lumos {
+
+/// Asks the system to back a tensor of 4 MiB and more, contiguous and not yet written, with huge pages where these lie
+/// in it entirely: none of the memory around it is taken. A system without them ignores that.
+inline void advise_huge_pages(const torch::stable::Tensor& tensor) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  if (bytes < 2 * kPage) return;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)tensor;
+#endif
+}
+
+inline torch::stable::Tensor empty_on_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                                          torch::headeronly::ScalarType dtype) {
+  torch::stable::Tensor tensor = torch::stable::empty(sizes, dtype);
+  advise_huge_pages(tensor);
+  return tensor;
+}
+
+}  // namespace lumos
