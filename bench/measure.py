@@ -308,5 +308,5 @@ def _fill_memory(
 
 
 def _paired_ratio(times: list[float], others: list[float]) -> float:
-    """Over the rounds that both took part in: one that is slow is in the first only."""
+    """Round by round; one that is slow has a single sample, taken next before the first round."""
     return statistics.median(a / b for a, b in zip(times, others, strict=False))

@@ -80,11 +80,13 @@ def interleave(
     """Seconds a call of each, round by round; every round begins with another one, so that nobody owns a place.
 
     seconds: about how long to go on; at least min_rounds, which slow calls may take longer than.
-    slow: a call that takes longer than so many seconds is in the first round only.
+    slow: a call whose warm-up takes longer than so many seconds has that as its only sample.
     """
-    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names, spent, rounds = list(calls), 0.0, 0
+    warm_up = {name: clock(call, 1) for name, call in calls.items()}
+    samples = {name: [once] if once > slow else [] for name, once in warm_up.items()}
+    names = [name for name in calls if not samples[name]]
+    repeats = {name: _repeats(calls[name], clock, warm_up[name]) for name in names}
+    spent, rounds = 0.0, 0
     gc.collect()
     while names and rounds < MAX_ROUNDS and (rounds < min_rounds or spent < seconds):
         first = rounds % len(names)
@@ -93,14 +95,13 @@ def interleave(
             samples[name].append(clock(calls[name], repeats[name]) / repeats[name])
             spent += time.perf_counter() - begin  # what a clock does besides counts too
         rounds += 1
-        names = [name for name in names if samples[name][0] <= slow]
     return samples
 
 
-def _repeats(call: Callable[[], Any], clock: Clock) -> int:
-    """Calls in a sample. Warms up: a first call that is long enough was its own calibration."""
+def _repeats(call: Callable[[], Any], clock: Clock, warm_up: float) -> int:
+    """Calls in a sample; a warm-up that is long enough was their calibration."""
     shortest = getattr(clock, "min_sample", MIN_SAMPLE)
-    if clock(call, 1) >= 10 * shortest:
+    if warm_up >= 10 * shortest:
         return 1
     return max(1, math.ceil(shortest / max(clock(call, 1), 1e-9)))
 

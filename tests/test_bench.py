@@ -142,12 +142,16 @@ def test_contestants_alternate_and_take_turns_at_the_first_place():
     assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
 
 
-def test_slow_calls_are_in_the_first_round_only():
+def test_a_slow_call_is_made_once():
+    made = []
+
     def clock(call, repeats):
-        return call()
+        made.append(call())
+        return made[-1]
 
     calls = {"slow": lambda: 7.0, "quick": lambda: 4.0}
     assert timing.interleave(calls, 0.0, clock, min_rounds=3, slow=5.0) == {"slow": [7.0], "quick": [4.0, 4.0, 4.0]}
+    assert made.count(7.0) == 1
 
 
 def test_short_calls_are_repeated_within_a_sample():
