@@ -15,16 +15,15 @@
 
 namespace lumos {
 
-/// Asks the system to back a tensor of 4 MiB and more, contiguous and not yet written, with huge pages where these lie
-/// in it entirely: none of the memory around it is taken. A system without them ignores that.
+/// Asks the system to back a tensor that is contiguous and not yet written with huge pages, where these lie in it
+/// entirely: none of the memory around it is taken. A system without them ignores that.
 inline void advise_huge_pages(const torch::stable::Tensor& tensor) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
   const uintptr_t bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
-  if (bytes < 2 * kPage) return;
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)tensor;
 #endif

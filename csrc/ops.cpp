@@ -403,7 +403,6 @@ void tube_loss_add_outer(Tensor dlogits, Tensor x, Tensor dweight, int64_t isa) 
 
 // The instruction set is an int: torch's stable ABI leaks a std::string for every string argument (seen in 2.13).
 STABLE_TORCH_LIBRARY(lumos_native, m) {
-  m.def("advise_huge_pages(Tensor unwritten) -> ()");
   m.def(
       "frame_attention_forward(Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_end, Tensor q_start, "
       "Tensor q_end, float scale, int isa) -> (Tensor, Tensor)");
@@ -434,7 +433,6 @@ STABLE_TORCH_LIBRARY(lumos_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lumos_native, CPU, m) {
-  m.impl("advise_huge_pages", TORCH_BOX(&lumos::advise_huge_pages));
   m.impl("frame_attention_forward", TORCH_BOX(&lumos::frame_attention_forward));
   m.impl("frame_attention_backward", TORCH_BOX(&lumos::frame_attention_backward));
   m.impl("mm_rope_forward", TORCH_BOX(&lumos::mm_rope_forward));

@@ -105,7 +105,6 @@ class _Work:
         if self.need_hidden:
             self.dhidden = torch.zeros_like(self.hidden)
         if self.dweight is not None:
-            _ops().advise_huge_pages(self.dweight)
             self.dweight.zero_()
         self.trained = self.need_hidden or self.dweight is not None
         self.row_bytes = self.dtype.itemsize * self.classes if self.trained else 1
@@ -122,7 +121,6 @@ class _Work:
         flat = self._buffers.get(name)
         if flat is None or flat.numel() < rows * columns:
             flat = self._buffers[name] = torch.empty(rows * columns, dtype=dtype)
-            _ops().advise_huge_pages(flat)
         return flat[: rows * columns].view(rows, columns)
 
     def kept(self, rows: int) -> Tensor | None:
