@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lumos_kernels import FrameLayout
+from lumos_kernels import FrameLayout, dispatch
 from lumos_kernels.layout import RowLimits
 
 
@@ -66,4 +66,8 @@ def own_layout(layout: FrameLayout, context: ContextExchange) -> FrameLayout:
 
 def choose_impl(impl: str | Mapping[str, str], op: str) -> str:
     """The implementation of one op out of a name for all of them or a mapping by op name."""
-    return impl if isinstance(impl, str) else impl.get(op, "auto")
+    if isinstance(impl, str):
+        return impl
+    for unknown in impl.keys() - dispatch.ops().keys():
+        raise ValueError(f"impl names the op {unknown!r}; there are {', '.join(dispatch.ops())}")
+    return impl.get(op, "auto")

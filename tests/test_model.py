@@ -337,6 +337,9 @@ def test_implementations_are_passed_to_every_op():
         model.impl = {op: "abacus"}
         with pytest.raises(ValueError, match="abacus"):
             model(batch.input_ids, labels=batch.labels)
+    model.impl = {"attention": "reference"}
+    with pytest.raises(ValueError, match="impl names the op 'attention'; there are .*frame_attention"):
+        model(batch.input_ids, labels=batch.labels)
 
 
 def test_lengths_beyond_the_limit_are_refused_not_cut():
