@@ -338,7 +338,7 @@ def test_implementations_are_passed_to_every_op():
         with pytest.raises(ValueError, match="abacus"):
             model(batch.input_ids, labels=batch.labels)
     model.impl = {"attention": "reference"}
-    with pytest.raises(ValueError, match="impl names the op 'attention'; there are .*frame_attention"):
+    with pytest.raises(ValueError, match=r"impl names the op 'attention'; there are .*frame_attention"):
         model(batch.input_ids, labels=batch.labels)
 
 
