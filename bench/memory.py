@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peaks = {}
     for name in options.contestants:  # this process has imported torch, which takes seconds, and run nothing yet
         with ProcessPoolExecutor(1, mp_context=fork) as process:
-            peaks[name] = process.submit(peak, name).result()
+            try:
+                peaks[name] = process.submit(peak, name).result()
+            except BrokenProcessPool as error:
+                raise RuntimeError(f"{name!r} was killed in {options.case} (out of memory?)") from error
     print(json.dumps(peaks))
 
 

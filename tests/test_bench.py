@@ -4,6 +4,9 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import re
+import signal
 import subprocess
 import sys
 import types
@@ -246,6 +249,16 @@ def test_peak_memory_of_a_contestant_comes_from_a_child():
     peaks = memory.contestant_peaks(ROPE_CASE.key, ["eager", "official style"], threads=1)
     assert list(peaks) == ["eager", "official style"]
     assert min(peaks.values()) >= 0
+
+
+def _kills_itself(case_key, threads, name):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_contestant_killed_while_its_memory_is_measured_is_named(monkeypatch):
+    monkeypatch.setattr(memory, "_contestant_peak", _kills_itself)
+    with pytest.raises(RuntimeError, match=re.escape(f"'eager' was killed in {ROPE_CASE.key}")):
+        memory.main([ROPE_CASE.key, "eager", "--threads", "1"])
 
 
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="peak memory needs Linux")
