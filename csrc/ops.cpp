@@ -10,10 +10,10 @@
 #include <tuple>
 #include <vector>
 
+#include "huge_pages.h"
 #include "lumos/frame_attention.h"
 #include "lumos/mm_rope.h"
 #include "lumos/tube_loss.h"
-#include "memory.h"
 #include "op_common.h"
 
 namespace lumos {

@@ -1,4 +1,4 @@
-// Memory of large results.
+// Huge pages for large results.
 //
 // glibc maps every block of 32 MiB and more anew and unmaps it when it is freed, so each call of an op has the system
 // hand out and clear its outputs again, page by page: most of the time of mm_rope. Huge pages are a 512th as many.
