@@ -68,6 +68,5 @@ def choose_impl(impl: str | Mapping[str, str], op: str) -> str:
     """The implementation of one op out of a name for all of them or a mapping by op name."""
     if isinstance(impl, str):
         return impl
-    for unknown in impl.keys() - dispatch.ops().keys():
-        raise ValueError(f"impl names the op {unknown!r}; there are {', '.join(dispatch.ops())}")
+    dispatch.check_names("impl", impl)
     return impl.get(op, "auto")

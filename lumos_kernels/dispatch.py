@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import astuple, dataclass, fields
 from types import ModuleType
 
@@ -86,6 +86,13 @@ def ops() -> Mapping[str, Op]:
     return _OPS
 
 
+def check_names(source: str, names: Collection[str]) -> None:
+    """Raises ValueError where `source` names an op that there is not."""
+    for name in names:
+        if name not in _OPS:
+            raise ValueError(f"{source} names the op {name!r}; there are {', '.join(_OPS)}")
+
+
 @functools.lru_cache(maxsize=1024)
 def _choose(name: str, impl: str, override: str | None, problem: Problem) -> ModuleType:
     op = _OPS[name]
@@ -122,8 +129,7 @@ def _override(name: str) -> str | None:
     for part in filter(None, (part.strip() for part in value.split(","))):
         op, _, impl = part.rpartition("=")
         wanted[op.strip()] = impl.strip()
-    for op in wanted.keys() - _OPS.keys() - {""}:
-        raise ValueError(f"LUMOS_IMPL names the op {op!r}; there are {', '.join(_OPS)}")
+    check_names("LUMOS_IMPL", wanted.keys() - {""})
     impl = wanted.get(name, wanted.get("", "auto"))
     return None if impl == "auto" else impl
 

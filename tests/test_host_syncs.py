@@ -1,6 +1,6 @@
 """Nothing in a training step or a sampling step makes the host wait for its GPU, as far as that shows without one.
 
-host_syncs.py says how. The attention kernels' tests have their own check.
+host_syncs.py says how. That of the attention kernels is tested with their use of memory (triton_kernels).
 """
 
 import os
