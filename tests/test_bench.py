@@ -463,7 +463,7 @@ def test_our_side_alone_where_the_official_way_does_not_fit(comparison):
     ],
 )
 def test_fp64_judges_losses_that_differ(ours, official, accepted):
-    exact = types.SimpleNamespace(exact_loss=lambda: 1.0)
+    exact = types.SimpleNamespace(exact_loss=lambda: (1.0, 4.0))
     losses = {"ours": ours, "official": official}
     if accepted:
         difference, limit = training_step.check_losses(exact, losses, "float32")
@@ -472,6 +472,18 @@ def test_fp64_judges_losses_that_differ(ours, official, accepted):
     else:
         with pytest.raises(RuntimeError, match="the losses"):
             training_step.check_losses(exact, losses, "float32")
+
+
+def test_the_exact_loss_and_the_logsumexp_that_its_rounding_goes_by(batch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(_config().to_dict()))
+    file = training_step._batch_file(batch, tmp_path)
+    comparison = training_step.Comparison(training_step.parser().parse_args([str(tmp_path), str(file)]))
+    loss, lse = comparison.exact_loss()
+    assert loss == pytest.approx(comparison.loss("ours").item(), rel=1e-6)
+    assert lse == pytest.approx(loss, rel=0.05)  # logits of fresh weights are near 0
+    comparison.model.lm_head.weight.data *= 100
+    loss, lse = comparison.exact_loss()
+    assert lse > 1.5 * math.log(comparison.model.config.classes[1] - comparison.model.config.classes[0])
 
 
 def test_the_first_frames_of_a_sample_are_a_sample():
