@@ -10,7 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Byte-compiling the whole of torch would take longer than downloading it.
 PIP := $(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint .ci/constraints.txt
-SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/*.h csrc/cpu/* csrc/include/lumos/*)
+SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/*/*)
 
 # Two processes of one thread each; a file's tests stay together and share its fixtures, in the order of conftest.py.
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
@@ -49,6 +49,7 @@ sanitize: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) build demo gpu-suite lumos_kernels/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build demo gpu-suite lumos_kernels/*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

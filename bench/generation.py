@@ -23,7 +23,8 @@ from bench import environment, memory, timing
 from bench.official_sampler import official_style_sample
 from lumos import Lumos, LumosConfig, generate_tokens
 from lumos.tokens import SEPARATOR, VIDEO_START, number
-from lumos_kernels.layout import TEXT_START, frame_length
+from lumos_kernels.frame_layout.frames import frame_length
+from lumos_kernels.token_ids import TEXT_START
 
 OURS, OFFICIAL, UNCACHED = "ours", "official", "official without cache"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

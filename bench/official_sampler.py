@@ -26,7 +26,8 @@ from lumos import Lumos
 from lumos.sampling import forgotten_slots
 from lumos.tokens import VIDEO_END, VIDEO_START
 from lumos_kernels import FrameLayout
-from lumos_kernels.layout import FRAME_HEADER, FRAME_START, MASK, frame_skeleton
+from lumos_kernels.frame_layout.frames import frame_skeleton
+from lumos_kernels.token_ids import FRAME_HEADER, FRAME_START, MASK
 
 
 @torch.no_grad()

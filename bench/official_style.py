@@ -21,7 +21,7 @@ from bench.ops.mm_rope import official_layer_norm, official_rotate, official_tab
 from lumos import Lumos
 from lumos.config import LumosConfig
 from lumos_kernels import FrameLayout
-from lumos_kernels.layout import FRAME_END, FRAME_START
+from lumos_kernels.token_ids import FRAME_END, FRAME_START
 
 
 def official_style_loss(model: Lumos, input_ids: Tensor, labels: Tensor) -> Tensor:

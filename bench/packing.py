@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lumos.data.packing import Packer, mix
-from lumos_kernels.layout import frame_length
+from lumos_kernels.frame_layout.frames import frame_length
 
 PATCH = 32  # pixels of a bucket's unit, 4 codes
 PATCHES = {"256p": (352 // PATCH) ** 2, "384p": (528 // PATCH) ** 2}  # upstream's target sizes

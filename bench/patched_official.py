@@ -31,7 +31,8 @@ from bench.real_sample import SMALL, first_frames
 from lumos import apply_lumos_kernels
 from lumos.data import read_official_sample
 from lumos.tokens import IGNORED, NUM_CODES, SEPARATOR, VIDEO_END, VIDEO_START, VISUAL_START, number
-from lumos_kernels.layout import FRAME_END, FRAME_START, MASK, NEW_LINE, TEXT_START, frame_skeleton
+from lumos_kernels.frame_layout.frames import frame_skeleton
+from lumos_kernels.token_ids import FRAME_END, FRAME_START, MASK, NEW_LINE, TEXT_START
 
 OFFICIAL, PATCHED = "official", "patched"
 LIMITS = {"float32": 5e-5, "bfloat16": 5e-2}  # relative L2 difference of a gradient

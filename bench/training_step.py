@@ -144,7 +144,7 @@ class Comparison:
             output = model(self.ids, labels=self.labels, rows=self.rows)
             hidden, labels = output.hidden_states.flatten(0, -2), self.labels.flatten()
             _, stats = tube_masked_loss(
-                hidden, model.lm_head.weight, labels, model.config.classes, impl="reference", return_stats=True
+                hidden, model.lm_head.weight, labels, classes=model.config.classes, impl="reference", return_stats=True
             )
             return float(output.loss), float(stats.lse[output.targets].abs().mean())
 

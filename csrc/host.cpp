@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "lumos/isa.h"
+#include "simd/isa.h"
 
 namespace {
 

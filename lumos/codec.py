@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumos.tokens import NUM_CODES
-from lumos_kernels.layout import SPACE_STRIDE, TIME_STRIDE
+from lumos_kernels.frame_layout.frames import SPACE_STRIDE, TIME_STRIDE
 
 
 class VideoCodec(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lumos.codec import DctCodec, VideoCodec
 from lumos.tokens import NUM_CODES, latent_frames
-from lumos_kernels.layout import SPACE_STRIDE, TIME_STRIDE
+from lumos_kernels.frame_layout.frames import SPACE_STRIDE, TIME_STRIDE
 
 ENCODER, DECODER = "encoder.jit", "decoder.jit"
 

@@ -21,8 +21,9 @@ from lumos.sampling import GeneratedFrame, Prompt, Sampling, mask_counts, read_p
 from lumos.stream import Stream, choose_impl
 from lumos.tokens import VIDEO_END
 from lumos_kernels import masked_sample
-from lumos_kernels.layout import MASK, RowLimits
+from lumos_kernels.layout import RowLimits
 from lumos_kernels.masked_sample.philox import exponentials
+from lumos_kernels.token_ids import MASK
 
 # Confidence is compared by its logarithm, where upstream cuts it off.
 SMALLEST_CONFIDENCE = 1e-20
@@ -346,7 +347,7 @@ class _Decoder:
         unconditional = torch.cat([branches[state.document][-1] for state in states]) if guided else None
         if guided and conditional.dtype == torch.float32:
             # lm_head is linear: guiding the hidden states instead of the logits halves its product. In 16 bits the
-            # guided states would be rounded, up to `guidance` times as coarsely as their logits.
+            # guided states would be rounded, up to `guidance_scale` times as coarsely as their logits.
             conditional = unconditional + sampling.guidance_scale * (conditional - unconditional)
             unconditional = None
         ids, confidence = masked_sample(
@@ -354,7 +355,7 @@ class _Decoder:
             unconditional,
             self.model.lm_head.weight,
             classes=self.model.config.classes,
-            guidance=None if unconditional is None else sampling.guidance_scale,
+            guidance_scale=None if unconditional is None else sampling.guidance_scale,
             greedy=sampling.greedy,
             row_keys=torch.cat([state.row_keys(state.undecided[step]) for state in states]),
             impl=choose_impl(self.model.impl, "masked_sample"),

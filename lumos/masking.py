@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from lumos.tokens import IGNORED, NUM_CODES, VISUAL_START
-from lumos_kernels.layout import MASK, FrameLayout
+from lumos_kernels.layout import FrameLayout
+from lumos_kernels.token_ids import MASK
 
 MASK_KINDS = ("tube", "random", "DiffForcing", "tubeDecay")
 MASK_SCHEDULES = ("cosine", "linear", "sigmoid", "pow<exponent>")

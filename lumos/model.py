@@ -302,8 +302,8 @@ class Lumos(nn.Module):
         if labels is not None:
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels must have the shape of input_ids {[*input_ids.shape]}, got {[*labels.shape]}")
-            z_loss = self.config.z_loss_weight if z_loss_weight is None else z_loss_weight
-            self._add_loss(output, hidden_TC, labels.reshape(-1), rows, z_loss, focal_gamma, weight_T)
+            z_loss_weight = self.config.z_loss_weight if z_loss_weight is None else z_loss_weight
+            self._add_loss(output, hidden_TC, labels.reshape(-1), rows, z_loss_weight, focal_gamma, weight_T)
         return output
 
     def logits(self, hidden: Tensor, classes: tuple[int, int] | None = None) -> Tensor:
@@ -317,7 +317,7 @@ class Lumos(nn.Module):
         hidden_TC: Tensor,
         labels_T: Tensor,
         rows: Tensor | None,
-        z_loss: float,
+        z_loss_weight: float,
         focal_gamma: float,
         weight_T: Tensor | None,
     ) -> None:
@@ -336,7 +336,7 @@ class Lumos(nn.Module):
             classes=(lo, hi),
             rows=rows,
             reduction="none" if focal_gamma else "mean",
-            z_loss=z_loss,
+            z_loss_weight=z_loss_weight,
             token_weight=weight_T,
             impl=choose_impl(self.impl, "tube_masked_loss"),
             return_stats=True,
@@ -344,7 +344,7 @@ class Lumos(nn.Module):
         if focal_gamma:
             focal_T = (-torch.expm1(-stats.nll)) ** focal_gamma * stats.nll
             focal_T = focal_T if weight_T is None else focal_T * weight_T
-            loss = (focal_T + z_loss * stats.lse.square()).sum() / output.targets.sum().clamp_min(1)
+            loss = (focal_T + z_loss_weight * stats.lse.square()).sum() / output.targets.sum().clamp_min(1)
         output.loss, output.nll = loss, stats.nll.detach()
 
     def _checked_layout(self, input_ids: Tensor, layout: FrameLayout | None, ranks: int) -> FrameLayout:

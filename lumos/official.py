@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from lumos.tokens import VIDEO_END, VIDEO_START
-from lumos_kernels.checks import rope_head_dim
-from lumos_kernels.layout import FRAME_END, FRAME_START, GRID_UNIT, NUMBER_BASE, SPACE_STRIDE, TIME_STRIDE
-from lumos_kernels.mm_rope.common import inverse_frequencies
+from lumos_kernels.errors import require_rope_head_dim
+from lumos_kernels.frame_layout.frames import SPACE_STRIDE, TIME_STRIDE
+from lumos_kernels.mm_rope.frequencies import inverse_frequencies
+from lumos_kernels.token_ids import FRAME_END, FRAME_START, GRID_UNIT, NUMBER_BASE
 
 CLASSES = "ChameleonXLLMXForConditionalGeneration or ChameleonMMRoPEForConditionalGeneration"
 TOKEN_IDS = {
@@ -72,7 +73,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def _check_rope(attention: nn.Module) -> None:
-    rope_head_dim(attention.head_dim)
+    require_rope_head_dim(attention.head_dim)
     frequencies = attention.rotary_emb.inv_freq
     if frequencies.is_meta or not exact_frequencies(attention):
         return

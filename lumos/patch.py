@@ -32,7 +32,9 @@ from lumos.official import TOKEN_IDS, check_model, exact_frequencies, names_of, 
 from lumos.stream import choose_impl
 from lumos.tokens import IGNORED, VIDEO_END, VIDEO_START
 from lumos_kernels import FrameLayout, frame_attention, mm_rope, tube_masked_loss
-from lumos_kernels.layout import TEXT_START, TIME_STRIDE, RowLimits
+from lumos_kernels.frame_layout.frames import TIME_STRIDE
+from lumos_kernels.layout import RowLimits
+from lumos_kernels.token_ids import TEXT_START
 
 logger = logging.getLogger("lumos")
 

@@ -33,7 +33,8 @@ from lumos.tokens import (
     number,
 )
 from lumos.video import SIZE_UNIT, read_image, read_video, to_float, to_uint8, write_image, write_video
-from lumos_kernels.layout import SPACE_STRIDE, TEXT_START, TIME_STRIDE
+from lumos_kernels.frame_layout.frames import SPACE_STRIDE, TIME_STRIDE
+from lumos_kernels.token_ids import TEXT_START
 
 PICTURES, MOVIES, CODES = (".png", ".jpg", ".jpeg"), (".mp4", ".gif"), (".safetensors",)
 

@@ -16,18 +16,9 @@ from torch import Tensor
 from lumos.config import LumosConfig
 from lumos.kv_cache import FP8, cache_bytes
 from lumos.tokens import NUMBER_BASE, VIDEO_END, VIDEO_START
-from lumos_kernels.layout import (
-    FRAME_END,
-    FRAME_HEADER,
-    FRAME_START,
-    GRID_UNIT,
-    MASK,
-    FrameLayout,
-    RowLimits,
-    check_documents,
-    frame_length,
-    frame_skeleton,
-)
+from lumos_kernels.frame_layout.frames import check_documents, frame_length, frame_skeleton
+from lumos_kernels.layout import FrameLayout, RowLimits
+from lumos_kernels.token_ids import FRAME_END, FRAME_HEADER, FRAME_START, GRID_UNIT, MASK
 
 TEMPERATURE_SCHEDULES = ("official", "per_frame")
 WORKSPACE_BYTES = 64 * 2**20

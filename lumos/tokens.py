@@ -15,26 +15,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lumos_kernels.layout import (
+from lumos_kernels.frame_layout.frames import TIME_STRIDE, check_documents, frame_length, frame_skeleton
+from lumos_kernels.token_ids import (
     FRAME_END,
     FRAME_HEADER,
     FRAME_START,
     GRID_UNIT,
     MASK,
     NEW_LINE,
+    NUM_CODES,
     NUMBER_BASE,
+    SEPARATOR,
     TEXT_START,
-    TIME_STRIDE,
-    check_documents,
-    frame_length,
-    frame_skeleton,
+    VIDEO_END,
+    VIDEO_START,
+    VISUAL_START,
 )
+from lumos_kernels.token_ids import VISUAL_CLASSES as VISUAL_CLASSES  # every id is public here too
 
-SEPARATOR = 8710
-VIDEO_START = 9004
-VIDEO_END = 9005
-VISUAL_START = 65536  # code c is the id VISUAL_START + c
-NUM_CODES = 64000
 PLACEHOLDERS = (65538, 65539, 65540)  # resolution, frames, fps inside the text of official samples
 IGNORED = -100  # label of tokens that are not predicted
 

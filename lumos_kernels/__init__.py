@@ -1,12 +1,16 @@
-"""Fused kernels for Lumos-1: MM-RoPE rotation, block-causal frame attention, tube-masked loss, masked sampling."""
+"""Fused kernels for Lumos-1: MM-RoPE rotation, block-causal frame attention, tube-masked loss, masked sampling.
 
-from lumos_kernels.dispatch import backends
-from lumos_kernels.frame_attention import frame_attention
-from lumos_kernels.layout import Frame, FrameLayout, RowLimits, Text
-from lumos_kernels.masked_sample import masked_sample
-from lumos_kernels.mm_rope import mm_rope
-from lumos_kernels.tube_loss import TubeLossStats, tube_masked_loss
-from lumos_kernels.version import __version__
+The names below are the public ones. `import lumos_kernels.<op>.<module> as x` reaches the modules of an op, although
+the op's function has the name of its package: lumos_kernels/packages.py says by which mechanism.
+"""
+
+from .dispatch import backends
+from .frame_attention import frame_attention
+from .layout import Frame, FrameLayout, RowLimits, Text
+from .masked_sample import masked_sample
+from .mm_rope import mm_rope
+from .tube_masked_loss import TubeLossStats, tube_masked_loss
+from .version import __version__
 
 __all__ = [
     "Frame",

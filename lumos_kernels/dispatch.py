@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and why.
 
-Every op lists its implementations in the order "auto" prefers them, each with one predicate: given a Problem it
-answers None, or the reason for which it refuses. Dispatch, the tests, `backends()` and the docs all ask that predicate.
+An op's contract.py registers the implementations in the order in which "auto" prefers them, each with one predicate.
+The predicate gets a Problem and returns None, or the reason why the implementation refuses. Dispatch, the tests,
+`backends()` and the docs all ask that predicate.
 """
 
 from __future__ import annotations
@@ -13,24 +14,25 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import astuple, dataclass, fields
-from types import ModuleType
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from lumos_kernels import library
+from . import library
+from .errors import dtype_name
 
 logger = logging.getLogger("lumos_kernels")
 
-# (op, implementation) -> {architecture: file under bench/results/}: where "auto" may choose it, and the result that
-# shows its tests passing and its gates reached on that very code. `python -m bench.gpu.proof` prints the entries; a
-# test refuses those whose file does not prove them.
+# (op, implementation) -> {architecture: file under bench/results/}. "auto" may choose the implementation on that
+# architecture: the file shows that its tests passed and its gates were reached on that very code. `python -m
+# bench.gpu.proof` prints the entries, and a test refuses an entry that its file does not prove.
 PROVEN: Mapping[tuple[str, str], Mapping[str, str]] = {}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What an implementation may refuse on."""
+    """The facts of a call for which an implementation may refuse it."""
 
     device: str  # "cpu", "cuda", ...
     dtype: torch.dtype
@@ -39,6 +41,7 @@ class Problem:
 
     @classmethod
     def of(cls, tensor: Tensor, head_dim: int | None = None) -> Problem:
+        """Return the problem of a call whose first tensor this is."""
         arch = None
         if tensor.is_cuda:
             major, minor = torch.cuda.get_device_capability(tensor.device)
@@ -47,22 +50,30 @@ class Problem:
 
 
 Predicate = Callable[[Problem], str | None]
+Implementation = TypeVar("Implementation")  # the Protocol of an op's contract.py
 
 
 @dataclass(frozen=True)
-class Op:
-    """An op's implementations, best first: name -> predicate. Their code lies in `package`.<name>."""
+class Op(Generic[Implementation]):
+    """An op and its implementations.
+
+    package: the package of the op; implementation <name> is the module `package`.<name>.
+    implementations: name -> predicate, in the order in which "auto" prefers them.
+    """
 
     name: str
     package: str
     implementations: Mapping[str, Predicate]
 
-    def choose(self, impl: str, problem: Problem) -> ModuleType:
-        """The implementation's module. Raises ValueError with the reason if an explicit choice cannot run."""
-        return _choose(self.name, impl, _override(self.name) if impl == "auto" else None, problem)
+    def choose(self, impl: str, problem: Problem) -> Implementation:
+        """Return the implementation's module. Raise ValueError with the reason if an explicit choice cannot run.
+
+        Callers look up `forward` and `backward` in the module at each call, so that a test can replace them.
+        """
+        return cast(Implementation, _choose(self.name, impl, _override(self.name) if impl == "auto" else None, problem))
 
     def refusal(self, impl: str, problem: Problem, automatic: bool = False) -> str | None:
-        """Why `impl` does not run the problem; None where it does. automatic: asked for by "auto"."""
+        """Return why `impl` does not run the problem, None where it does. automatic: "auto" is asking."""
         if impl not in self.implementations:
             return f"{self.name} has no such implementation; there are {', '.join(self.implementations)}"
         reason = self.implementations[impl](problem)
@@ -73,28 +84,29 @@ class Op:
         return f"not yet proven on {problem.arch} by a committed benchmark result (impl={impl!r} runs it)"
 
 
-_OPS: dict[str, Op] = {}
+_OPS: dict[str, Op[Any]] = {}
 
 
-def register(name: str, package: str, implementations: Mapping[str, Predicate]) -> Op:
+def register(name: str, package: str, implementations: Mapping[str, Predicate]) -> Op[Any]:
+    """Register an op of this package with its implementations, best first."""
     _OPS[name] = Op(name, package, implementations)
     return _OPS[name]
 
 
-def ops() -> Mapping[str, Op]:
-    """The registered ops by name."""
+def ops() -> Mapping[str, Op[Any]]:
+    """Return the registered ops by name."""
     return _OPS
 
 
 def check_names(source: str, names: Collection[str]) -> None:
-    """Raises ValueError where `source` names an op that there is not."""
+    """Raise ValueError where `source` names an op that does not exist."""
     for name in names:
         if name not in _OPS:
             raise ValueError(f"{source} names the op {name!r}; there are {', '.join(_OPS)}")
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(name: str, impl: str, override: str | None, problem: Problem) -> ModuleType:
+def _choose(name: str, impl: str, override: str | None, problem: Problem) -> object:
     op = _OPS[name]
     wanted = override or impl
     if wanted != "auto":
@@ -103,7 +115,7 @@ def _choose(name: str, impl: str, override: str | None, problem: Problem) -> Mod
             source = f"LUMOS_IMPL={wanted}" if override else f"impl={wanted!r}"
             raise ValueError(f"{name}: {source} cannot run here: {reason}")
         return importlib.import_module(f"{op.package}.{wanted}")
-    refused = []
+    refused: list[str] = []
     for candidate in op.implementations:
         reason = op.refusal(candidate, problem, automatic=True)
         if reason is None:
@@ -119,8 +131,10 @@ def _log_choice(name: str, chosen: str, device: str, refused: str) -> None:
 
 
 def _override(name: str) -> str | None:
-    """LUMOS_IMPL: one implementation for every op ("reference"), by op ("mm_rope=triton,masked_sample=reference"), or
-    both ("reference,mm_rope=native"), where the op's own entry counts.
+    """Return what LUMOS_IMPL asks for this op, None where that is nothing or "auto".
+
+    The variable names one implementation for every op ("reference"), or one by op
+    ("mm_rope=triton,masked_sample=reference"), or both ("reference,mm_rope=native"): then the op's own entry wins.
     """
     value = os.environ.get("LUMOS_IMPL")
     if not value:
@@ -138,28 +152,34 @@ def _override(name: str) -> str | None:
 
 
 def runs_anywhere(problem: Problem) -> str | None:
-    """The reference: any device, any floating dtype."""
+    """Accept everything: a reference runs on any device and in any floating dtype."""
     return None
 
 
 def runs_native(problem: Problem) -> str | None:
-    """The compiled CPU library: CPU tensors in bf16, fp16 or fp32."""
+    """Accept CPU tensors in bf16, fp16 and fp32, where the compiled library loads."""
     if problem.device != "cpu":
         return f"runs CPU tensors, not {problem.device}"
-    if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"computes bfloat16, float16 and float32, not {str(problem.dtype).removeprefix('torch.')}"
-    return library.refusal()
+    return _refuses_dtype(problem) or library.refusal()
 
 
 def runs_triton(problem: Problem) -> str | None:
-    """Triton: CUDA tensors, or CPU tensors in Triton's interpreter (TRITON_INTERPRET=1, for tests)."""
+    """Accept CUDA tensors in bf16, fp16 and fp32, and CPU tensors where TRITON_INTERPRET=1 asks for the interpreter."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if problem.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"runs CUDA tensors, not {problem.device}"
-    if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"computes bfloat16, float16 and float32, not {str(problem.dtype).removeprefix('torch.')}"
-    return None
+    return _refuses_dtype(problem)
+
+
+def _refuses_dtype(problem: Problem) -> str | None:
+    if problem.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    return f"computes bfloat16, float16 and float32, not {dtype_name(problem.dtype)}"
+
+
+# The implementations of an op that has no further limits, best first.
+USUAL: Mapping[str, Predicate] = {"triton": runs_triton, "native": runs_native, "reference": runs_anywhere}
 
 
 @dataclass(frozen=True)
@@ -174,7 +194,7 @@ class Row:
 
 
 def table(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> list[Row]:
-    """What runs on this machine for a typical problem, for each op, implementation and device there is."""
+    """Return what runs a typical problem on this machine, a row for each op, implementation and device."""
     devices = [torch.empty(0, dtype=dtype)]
     if torch.cuda.is_available():
         devices.append(torch.empty(0, dtype=dtype, device="cuda"))
@@ -191,7 +211,7 @@ def table(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> list[Row]:
 
 
 def backends() -> None:
-    """Prints, for every op and implementation, whether it runs here, what "auto" takes, and why others do not."""
+    """Print for every op and implementation whether it runs here, which one "auto" takes, and why others do not run."""
     rows = [tuple(field.name for field in fields(Row)), *(astuple(row) for row in table())]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     if os.environ.get("LUMOS_IMPL"):

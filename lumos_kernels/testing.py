@@ -1,6 +1,6 @@
-"""Public tools to prove an implementation right (the rules: CONTRIBUTING.md, "How a kernel is proven").
+"""Public tools that prove an implementation right. CONTRIBUTING.md, "How a kernel is proven", has the rules.
 
-The tolerance is computed, not typed in: an implementation may be at most twice as far from the fp64 reference as the
+The tolerance is computed, not typed in. An implementation may be at most twice as far from the fp64 reference as the
 same mathematics run eagerly in the same precision, plus one rounding of the output.
 """
 
@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumos_kernels.layout import RowLimits
+from .layout import RowLimits
 
 
 def assert_close_to_reference(actual: Tensor, low: Tensor, high: Tensor, name: str = "output") -> None:
-    """Raises AssertionError unless |actual - high| <= 2 * max|low - high| + one rounding of the element.
+    """Raise AssertionError unless |actual - high| <= 2 * max|low - high| + one rounding of the element.
 
-    actual: the implementation's result. low: the eager reference's, run in the same dtype. high: the fp64 reference's
-    on the same (rounded) inputs. All of one shape. Infinities must agree exactly and NaN must not occur.
+    actual: the implementation's result. low: the result of the eager reference in the same dtype. high: the result of
+    the fp64 reference on the same (rounded) inputs. All have one shape. Infinities must agree exactly and NaN must not
+    occur.
     """
     if not actual.shape == low.shape == high.shape:
         raise AssertionError(f"{name}: shapes {list(actual.shape)}, {list(low.shape)} and {list(high.shape)} differ")
@@ -47,7 +49,7 @@ def assert_close_to_reference(actual: Tensor, low: Tensor, high: Tensor, name: s
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor, name: str = "output") -> None:
-    """Raises AssertionError unless both tensors hold the same bits (NaN equals NaN, -0 differs from 0)."""
+    """Raise AssertionError unless both tensors hold the same bits (NaN equals NaN, -0 differs from 0)."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         raise AssertionError(
             f"{name}: {actual.dtype} {list(actual.shape)} against {expected.dtype} {list(expected.shape)}"
@@ -66,7 +68,7 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor, name: str = "output")
 def awkward_gradients(
     shape: Sequence[int], dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, Tensor]]:
-    """Upstream gradients as autograd really delivers them: (name, tensor of `shape`) for each kind of stride.
+    """Yield upstream gradients as autograd really delivers them: (name, tensor of `shape`) for each kind of stride.
 
     gradcheck and opcheck both pass a backward that ignores the strides of its gradient; these do not.
     """
@@ -87,10 +89,10 @@ def awkward_gradients(
 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Fills what torch.empty and its kin return with NaN (or the largest integer): unwritten elements show."""
+    """Fill what torch.empty and its kin return with NaN or the largest integer, so that unwritten elements show."""
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args, **kwargs) -> Tensor:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
             tensor = allocate(*args, **kwargs)
             if tensor.is_floating_point():
                 return tensor.fill_(torch.nan)
@@ -105,9 +107,9 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, limits: RowLimits, scale: float | None = None) -> Tensor:
-    """What a user writes without this package: SDPA with the dense mask. Shapes and dtypes as frame_attention.
+    """Return what a user would compute without this package: SDPA with the dense mask. Shapes as in frame_attention.
 
-    The low-precision yardstick of the tests and a rival in the benchmarks. Rows without keys are not allowed here.
+    It is the low-precision yardstick of the tests and a rival in the benchmarks. It does not allow rows without keys.
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=limits.dense_mask(), scale=scale, enable_gqa=True)
@@ -115,8 +117,9 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, limits: RowLimits, scale: f
 
 
 def eager_loss(hidden: Tensor, weight: Tensor, labels: Tensor, classes: tuple[int, int]) -> Tensor:
-    """The official loss: full-vocabulary logits in fp32, then the target rows and visual columns, mean. Shapes as
-    tube_masked_loss; fp64 inputs stay fp64.
+    """Return the official loss: full-vocabulary logits in fp32, then the target rows and visual columns, their mean.
+
+    Shapes as in tube_masked_loss. fp64 inputs stay fp64.
     """
     logits = F.linear(hidden, weight.to(hidden.dtype))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -191,20 +191,22 @@ def _outside(budget: Budget, found: Resources, ptx: str) -> Iterator[str]:
 
 def mm_rope_cases() -> Iterator[Case]:
     """Every configuration of the table at the 1B model's head counts, and the variants of the one for D = 64."""
-    from lumos_kernels import checks
+    from lumos_kernels import tensors
     from lumos_kernels.mm_rope import triton as implementation
+    from lumos_kernels.mm_rope.contract import Inputs, Norm, Rotated
 
     def call(backward, head_dim, dtype=torch.bfloat16, sizes=(48, 32, 8), norms=True, int64=False) -> None:
         tokens, q_heads, kv_heads = sizes
         qkv = torch.empty(tokens, q_heads + 2 * kv_heads, head_dim, dtype=dtype)
         q, k = qkv[:, :q_heads], qkv[:, q_heads : q_heads + kv_heads]
-        norm = tuple(torch.empty(min(kv_heads, 2), head_dim, dtype=dtype) for _ in range(2)) if norms else None
-        arguments = (q, k, torch.empty(3, tokens, dtype=torch.int32), norm, norm, torch.empty(head_dim // 2), 1e-5)
-        with mock.patch.object(checks, "needs_int64_offsets", return_value=int64):
+        norm = Norm(*(torch.empty(min(kv_heads, 2), head_dim, dtype=dtype) for _ in range(2))) if norms else None
+        positions = torch.empty(3, tokens, dtype=torch.int32)
+        inputs = Inputs(q, k, positions, norm, norm, torch.empty(head_dim // 2), 1e-5)
+        with mock.patch.object(tensors, "needs_int64_offsets", return_value=int64):
             if backward:
-                implementation.backward(torch.empty_like(q), torch.empty_like(k), *arguments)
+                implementation.backward(inputs, Rotated(torch.empty_like(q), torch.empty_like(k)))
             else:
-                implementation.forward(*arguments)
+                implementation.forward(inputs)
 
     # Two halves in and out, for q and for k, 16 bytes at a time. Narrow loads are for positions and the rows of norms.
     limits = {
@@ -235,19 +237,20 @@ def mm_rope_cases() -> Iterator[Case]:
         yield Case(f"mm_rope backward {name}", run, {"_backward_kernel": backward, **second_stage})
 
 
-def tube_loss_cases() -> Iterator[Case]:
+def tube_masked_loss_cases() -> Iterator[Case]:
     """Every configuration of the tables at the 64,000 visual classes, and the variants of the one for bf16."""
-    from lumos_kernels.tube_loss import triton as implementation
+    from lumos_kernels.tube_masked_loss import triton as implementation
+    from lumos_kernels.tube_masked_loss.contract import Inputs, RowLoss, StatisticGradients, Wanted
 
     def call(backward, dtype=torch.bfloat16, classes=64000, weighted=True, trained=True) -> None:
         hidden, weight = torch.empty(4, 8, dtype=dtype), torch.empty(classes, 8, dtype=dtype)
         rows, per_row = torch.arange(4), torch.empty(4)
-        arguments = hidden, weight, rows, rows
-        need = trained, torch.empty(weight.shape) if trained else None
+        inputs = Inputs(hidden, weight, rows, rows)
+        wanted = Wanted(trained, torch.empty(weight.shape) if trained else None)
         if backward:
-            implementation.backward(per_row, per_row, *arguments, per_row, *need)
+            implementation.backward(inputs, per_row, StatisticGradients(per_row, per_row), wanted)
         else:
-            implementation.forward(*arguments, per_row if weighted else None, 0.1, *need)
+            implementation.forward(inputs, RowLoss(per_row if weighted else None, 0.1), wanted)
 
     # 64 registers are two programs of 16 warps on an SM, or one of 32. The narrow access is the target's logit.
     wide = {"LDG.E.128": 4, "STG.E.128": 2}
@@ -265,20 +268,22 @@ def tube_loss_cases() -> Iterator[Case]:
         "bf16, one class": ({"classes": 1}, narrow),  # Triton makes a size of 1 a constant
     }
     for name, (variant, budget) in variants.items():
-        yield Case(f"tube_loss forward {name}", functools.partial(call, False, **variant), {"_loss_kernel": budget})
+        run = functools.partial(call, False, **variant)
+        yield Case(f"tube_masked_loss forward {name}", run, {"_loss_kernel": budget})
     for name, variant in {"bf16": {}, "fp16": {"dtype": torch.float16}, "fp32": {"dtype": torch.float32}}.items():
         run = functools.partial(call, True, **variant)
-        yield Case(f"tube_loss backward {name}", run, {"_gradient_kernel": backward})
+        yield Case(f"tube_masked_loss backward {name}", run, {"_gradient_kernel": backward})
 
 
 def masked_sample_cases() -> Iterator[Case]:
     """The configuration at the 64,000 visual classes, with and without guidance and randomness."""
     from lumos_kernels.masked_sample import triton as implementation
+    from lumos_kernels.masked_sample.contract import Inputs
 
     def call(guided=True, greedy=False, classes=64000, dtype=torch.bfloat16) -> None:
         hidden, weight = torch.empty(4, 8, dtype=dtype), torch.empty(classes, 8, dtype=dtype)
         keys = None if greedy else torch.empty(4, 2, dtype=torch.int64)
-        implementation.forward(hidden, hidden if guided else None, weight, keys, 3.0, 0.7)
+        implementation.forward(Inputs(hidden, hidden if guided else None, weight, keys, 3.0, 0.7))
 
     # No exchange through shared memory but that of the last reductions: a Philox counter's words stay in their thread.
     limits = {"shared": 256, "at_most": {"STS": 8, "LDS": 8}}
@@ -297,7 +302,8 @@ def masked_sample_cases() -> Iterator[Case]:
 
 def frame_attention_cases() -> Iterator[Case]:
     """Every default configuration, at the 1B model's head counts with q, k and v as slices of one projection."""
-    from lumos_kernels import RowLimits, checks
+    from lumos_kernels import RowLimits, tensors
+    from lumos_kernels.frame_attention.contract import Inputs, OutputGradients, Outputs
     from lumos_kernels.frame_attention.triton import backward, configs, forward
 
     def call(what, head_dim, dtype=torch.bfloat16, int64=False) -> None:
@@ -309,13 +315,14 @@ def frame_attention_cases() -> Iterator[Case]:
         with (
             mock.patch.object(configs, "architecture", return_value=arch),
             mock.patch.object(configs, "fuses_backward", return_value=what == "fused backward"),
-            mock.patch.object(checks, "needs_int64_offsets", return_value=int64),
+            mock.patch.object(tensors, "needs_int64_offsets", return_value=int64),
         ):
+            inputs = Inputs(q, k, v, limits, 0.125)
             if what == "forward":
-                forward(q, k, v, limits, 0.125)
+                forward(inputs)
             else:
-                o, lse = torch.empty(q.shape, dtype=dtype), torch.empty(q_heads, tokens)
-                backward(torch.empty_like(o), torch.empty_like(lse), q, k, v, o, lse, limits, 0.125, False)
+                outputs = Outputs(torch.empty(q.shape, dtype=dtype), torch.empty(q_heads, tokens))
+                backward(inputs, outputs, OutputGradients(*map(torch.empty_like, outputs)), deterministic=False)
 
     # The sm_80 configurations serve sm_86, sm_89 and sm_120 too, whose blocks get 99 KB; later ones get 227 KB.
     shared = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -342,8 +349,10 @@ def frame_attention_cases() -> Iterator[Case]:
 def lengths() -> dict[str, list[Callable[[], object]]]:
     """Forward and backward over streams of many lengths, of which only the memory's addresses are used."""
     from lumos_kernels import RowLimits
+    from lumos_kernels.frame_attention import contract as attention_contract
     from lumos_kernels.frame_attention import triton as attention
     from lumos_kernels.frame_attention.triton import configs
+    from lumos_kernels.mm_rope import contract as rope_contract
     from lumos_kernels.mm_rope import triton as rope
 
     def of(tokens: int) -> tuple:
@@ -351,18 +360,20 @@ def lengths() -> dict[str, list[Callable[[], object]]]:
         return q, k, v, torch.empty(q.shape, dtype=q.dtype)
 
     def attend(tokens: int, fused: bool) -> None:
-        q, k, v, o = of(tokens)
+        q, k, v, _ = of(tokens)
         limits = RowLimits(*(torch.empty(tokens, dtype=torch.int32) for _ in range(4)))
         with mock.patch.object(configs, "fuses_backward", return_value=fused):
-            o, lse = attention.forward(q, k, v, limits, 0.125)
-            attention.backward(o, None, q, k, v, o, lse, limits, 0.125, False)
+            inputs = attention_contract.Inputs(q, k, v, limits, 0.125)
+            outputs = attention.forward(inputs)
+            grad = attention_contract.OutputGradients(outputs.o, None)
+            attention.backward(inputs, outputs, grad, deterministic=False)
 
     def rotate(tokens: int) -> None:
         q, k, *_ = of(tokens)
-        norm = torch.empty(1, 64), torch.empty(1, 64)
-        options = q, k, torch.empty(3, tokens, dtype=torch.int32), norm, norm, torch.empty(32), 1e-5
-        grads = rope.forward(*options)
-        rope.backward(*grads, *options)
+        norm = rope_contract.Norm(torch.empty(1, 64), torch.empty(1, 64))
+        positions = torch.empty(3, tokens, dtype=torch.int32)
+        inputs = rope_contract.Inputs(q, k, positions, norm, norm, torch.empty(32), 1e-5)
+        rope.backward(inputs, rope.forward(inputs))
 
     tokens = (2, 32, 33, 300, 2_000, 7_000, 12_796, 13_000, 28_900, 89_848)
     return {
@@ -374,7 +385,7 @@ def lengths() -> dict[str, list[Callable[[], object]]]:
 
 CASES: tuple[Callable[[], Iterator[Case]], ...] = (
     mm_rope_cases,
-    tube_loss_cases,
+    tube_masked_loss_cases,
     masked_sample_cases,
     frame_attention_cases,
 )

@@ -123,7 +123,7 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
     """Record of what happens inside to tensors on "meta", which dispatch takes for an sm_90."""
     from triton.runtime.jit import JITFunction
 
-    from lumos_kernels import checks, dispatch
+    from lumos_kernels import dispatch, tensors
 
     record = PretendedGpu()
 
@@ -142,7 +142,7 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
 
     with (
         mock.patch.object(JITFunction, "run", launch),
-        mock.patch.object(checks, "device_guard", no_guard),
+        mock.patch.object(tensors, "device_guard", no_guard),
         mock.patch.object(dispatch.Problem, "of", problem),
         record,
     ):

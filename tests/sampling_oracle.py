@@ -10,8 +10,9 @@ from torch import Tensor
 from lumos.config import LumosConfig
 from lumos.model import Lumos
 from lumos_kernels import masked_sample
-from lumos_kernels.layout import MASK, NEW_LINE, frame_skeleton
+from lumos_kernels.frame_layout.frames import frame_skeleton
 from lumos_kernels.masked_sample.philox import exponentials
+from lumos_kernels.token_ids import MASK, NEW_LINE
 
 CLASSES = (9216, 9344)
 
@@ -85,7 +86,7 @@ def uncached(
                 hidden[1][undecided],
                 model.lm_head.weight,
                 classes=CLASSES,
-                guidance=guidance_scale,
+                guidance_scale=guidance_scale,
                 greedy=temperatures is None,
                 row_keys=keys,
             )

@@ -21,7 +21,7 @@ from lumos.tokens import VIDEO_START, ByteTokenizer, build_document
 from lumos.train import PackedBatches, TrainConfig
 from lumos.train.batches import open_sources
 from lumos_kernels import FrameLayout
-from lumos_kernels.layout import MASK
+from lumos_kernels.token_ids import MASK
 
 CLASSES = (65536, 65536 + 64000)
 

@@ -23,10 +23,11 @@ from bench.registry import Contestant
 from bench.shapes import VIDEO_256P, VIDEO_384P
 from lumos import Lumos, LumosConfig, mask_tokens
 from lumos_kernels import Frame, FrameLayout, Text
-from lumos_kernels.layout import MASK, frame_skeleton
+from lumos_kernels.frame_layout.frames import frame_skeleton
 from lumos_kernels.mm_rope import reference
-from lumos_kernels.mm_rope.common import inverse_frequencies
+from lumos_kernels.mm_rope.frequencies import inverse_frequencies
 from lumos_kernels.testing import assert_bitwise_equal
+from lumos_kernels.token_ids import MASK
 
 ALL_CASES = registry.select((), "*")
 SMOKE_CASES = [case for case in ALL_CASES if case.video.name == "smoke"]

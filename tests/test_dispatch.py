@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lumos_kernels
-from lumos_kernels import checks, dispatch
+from lumos_kernels import dispatch, errors, tensors
 from lumos_kernels.dispatch import Problem
 
 CPU = Problem("cpu", torch.float32, 64)
@@ -236,23 +236,23 @@ def meta(*shape, strides=None):
     ],
 )
 def test_int64_offsets_are_asked_for_past_the_last_int32_one(tensor, expected):
-    assert checks.needs_int64_offsets(tensor) is expected
-    assert checks.needs_int64_offsets(meta(4), tensor) is expected
+    assert tensors.needs_int64_offsets(tensor) is expected
+    assert tensors.needs_int64_offsets(meta(4), tensor) is expected
 
 
 def test_shape_error_names_the_argument_the_known_sizes_and_what_came():
     with pytest.raises(ValueError, match=r"^q must be \[T, H, 3\] with T = 5; got float32 \[4, 2, 3\] on cpu"):
-        checks.shape("q", torch.zeros(4, 2, 3), "T, H, 3", T=5)
+        errors.require_shape("q", torch.zeros(4, 2, 3), "T, H, 3", T=5)
     with pytest.raises(ValueError, match=r"^q must be \[T, H\]"):
-        checks.shape("q", torch.zeros(4), "T, H")
-    checks.shape("q", torch.zeros(4, 2, 3), "T, H, 3", T=4)
+        errors.require_shape("q", torch.zeros(4), "T, H")
+    errors.require_shape("q", torch.zeros(4, 2, 3), "T, H, 3", T=4)
 
 
 def test_unit_last_stride_copies_only_where_it_must():
     dense = torch.arange(12.0).view(3, 4)
-    assert checks.unit_last_stride(dense) is dense
-    assert checks.unit_last_stride(dense[:, 1:3]).data_ptr() == dense[:, 1:3].data_ptr()
+    assert tensors.unit_last_stride(dense) is dense
+    assert tensors.unit_last_stride(dense[:, 1:3]).data_ptr() == dense[:, 1:3].data_ptr()
     for awkward in (dense.T, dense[:, ::2], dense[:, :1].expand(3, 4)):
-        copy = checks.unit_last_stride(awkward)
+        copy = tensors.unit_last_stride(awkward)
         assert copy.stride(-1) == 1
         assert torch.equal(copy, awkward)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
-OPS = ("mm_rope", "frame_attention", "tube_loss", "masked_sample")
+OPS = ("mm_rope", "frame_attention", "tube_masked_loss", "masked_sample")
 
 
 def names_in(file: str) -> list[str]:

@@ -250,7 +250,9 @@ def test_any_documents_heads_strides_and_suffixes(impl, dtype, documents, heads,
 def test_gradcheck_of_output_and_lse(impl, heads):
     limits = limits_kv([0, 0, 0, 2, 2], [1, 3, 3, 5, 6], 6)
     leaves = problem(limits, heads, head_dim=3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *qkv: frame_attention(*qkv, limits, 0.7, True, impl=impl), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *qkv: frame_attention(*qkv, limits, scale=0.7, return_lse=True, impl=impl), leaves
+    )
 
 
 @pytest.mark.parametrize("impl", EXACT)
@@ -495,7 +497,7 @@ def test_opcheck(impl):
     o, lse = torch.ops.lumos_kernels.frame_attention.default(q, k, v, *rows, 0.2, impl)
     grad_o = torch.randn(8, 4, 1).expand(8, 4, 32)
     for grad_lse in (None, torch.randn(8, 4).T):
-        arguments = (grad_o, grad_lse, q, k, v, o, lse, *rows, 0.2, True, impl)
+        arguments = (grad_o, grad_lse, q, k, v, *rows, 0.2, o, lse, True, impl)
         opcheck(torch.ops.lumos_kernels.frame_attention_backward.default, arguments)
 
 

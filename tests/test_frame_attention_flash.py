@@ -17,6 +17,7 @@ from torch import Tensor
 from lumos_kernels import Frame, FrameLayout, RowLimits, Text, dispatch, frame_attention
 from lumos_kernels.dispatch import Problem
 from lumos_kernels.frame_attention import flash
+from lumos_kernels.frame_attention.contract import Inputs, OutputGradients, Outputs
 from lumos_kernels.testing import assert_close_to_reference
 
 OP = dispatch.ops()["frame_attention"]
@@ -202,10 +203,11 @@ def test_as_an_op_it_runs_the_forward_again(name, calls):
     limits = LIMITS[name]
     leaves = [leaf.detach() for leaf in leaves_of(limits)]
     grad_o = torch.randn_like(leaves[0])
-    o, lse = flash.forward(*leaves, limits, 0.2)
-    gradients = flash.backward(grad_o, None, *leaves, o, lse, limits, 0.2, True)
+    inputs = Inputs(*leaves, limits, 0.2)
+    outputs = flash.forward(inputs)
+    gradients = flash.backward(inputs, outputs, OutputGradients(grad_o, None), deterministic=True)
     expected = with_gradients(leaves, limits, grad_o, "reference", scale=0.2)
-    for a, b in zip((o, lse, *gradients), expected, strict=True):
+    for a, b in zip((*outputs, *gradients), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -257,7 +259,7 @@ def test_a_gradient_of_lse_is_refused(calls):
         (o.sum() + lse.sum()).backward()
     q, k, v = (leaf.detach() for leaf in leaves_of(limits))
     with pytest.raises(ValueError, match="impl='flash' passes no gradient through lse"):
-        flash.backward(q, lse, q, k, v, o, lse, limits, 0.2, False)
+        flash.backward(Inputs(q, k, v, limits, 0.2), Outputs(o, lse), OutputGradients(q, lse), deterministic=False)
 
 
 def test_limits_it_has_no_mask_for_are_refused(calls):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lumos_kernels import Frame, FrameLayout, RowLimits, Text, dispatch, frame_attention, library
 from lumos_kernels.dispatch import Problem
+from lumos_kernels.frame_attention import native
 from lumos_kernels.testing import (
     assert_bitwise_equal,
     assert_close_to_reference,
@@ -25,8 +26,6 @@ from lumos_kernels.testing import (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUERY_TILE, KEY_TILE = 128, 384  # kQueryTile and the largest kKeyTile (192 in fp32, 256 in AMX)
 NAMES = ("o", "lse", "dq", "dk", "dv")
-
-native = pytest.importorskip("lumos_kernels.frame_attention.native", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal())),
@@ -446,9 +445,9 @@ def test_the_check_before_amx_refuses_what_is_wrong(monkeypatch, caplog, wrong):
     monkeypatch.setattr(native, "_trial", defective)
     monkeypatch.setattr(library, "isa", lambda: "amx")
     q = torch.empty(1, 1, 64, dtype=torch.bfloat16)
-    assert native._isa(q) == native._host.ISA_VALUES["avx512_bf16"]
+    assert native._isa(q) == library.isa_value("avx512_bf16")
     assert "frame_attention does not use amx: at head size 64" in caplog.text
-    assert native._isa(q.float()) == native._host.ISA_VALUES["amx"]  # computed without tiles
+    assert native._isa(q.float()) == library.isa_value("amx")  # computed without tiles
     monkeypatch.setenv("LUMOS_CPU_ISA", "amx")
-    assert native._isa(q) == native._host.ISA_VALUES["amx"]
+    assert native._isa(q) == library.isa_value("amx")
     native.agree.cache_clear()

@@ -12,7 +12,8 @@ from lumos import generate_frames, generate_tokens
 from lumos.sampling import Sampling, forgotten_slots, mask_counts
 from lumos.tokens import parse_document
 from lumos_kernels import FrameLayout
-from lumos_kernels.layout import NEW_LINE, frame_skeleton
+from lumos_kernels.frame_layout.frames import frame_skeleton
+from lumos_kernels.token_ids import NEW_LINE
 
 
 def golden_case(name):

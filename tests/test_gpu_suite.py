@@ -224,7 +224,7 @@ def test_a_file_of_kernel_tests_is_read_by_its_report(tmp_path, monkeypatch):
     class FakeRun:
         folder = tmp_path
 
-    file = tests.KERNEL_FILES / "test_tube_loss_triton.py"
+    file = tests.KERNEL_FILES / "test_tube_masked_loss_triton.py"
     assert file.exists()
     kernels = tests.KernelFile(FakeRun, file)
     assert kernels.op == "tube_masked_loss"
@@ -247,7 +247,7 @@ def test_a_file_of_kernel_tests_is_read_by_its_report(tmp_path, monkeypatch):
     assert kernels.problems == []
     monkeypatch.setattr(tests, "run_bounded", lambda *arguments: "timeout")
     kernels.go("not large", 10.0)
-    assert kernels.problems[0].startswith("test_tube_loss_triton.py: pytest timeout")
+    assert kernels.problems[0].startswith("test_tube_masked_loss_triton.py: pytest timeout")
 
 
 def test_every_file_of_kernel_tests_is_run_for_its_op(tmp_path):

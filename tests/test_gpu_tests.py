@@ -15,7 +15,7 @@ from lumos_kernels import RowLimits
 from lumos_kernels.frame_attention import reference as attention
 from lumos_kernels.masked_sample import reference as sample
 from lumos_kernels.mm_rope import reference as rope
-from lumos_kernels.tube_loss import reference as loss
+from lumos_kernels.tube_masked_loss import reference as loss
 
 FOLDER = Path(__file__).parent / "gpu"
 DRY_RUN = json.dumps({"device": "cpu"})

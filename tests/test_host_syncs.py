@@ -12,7 +12,11 @@ from host_syncs import HostSync, NoHostSync, pretended_gpu
 
 from lumos_kernels import FrameLayout
 from lumos_kernels.frame_layout import reference as layout_reference
-from lumos_kernels.tube_loss import ops as tube_loss_ops
+from lumos_kernels.frame_layout.contract import Inputs
+from lumos_kernels.masked_sample import contract as sample_contract
+from lumos_kernels.mm_rope import contract as rope_contract
+from lumos_kernels.tube_masked_loss import contract as loss_contract
+from lumos_kernels.tube_masked_loss import ops as loss_ops
 
 needs_triton = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not launch")
 
@@ -74,7 +78,7 @@ def test_the_detector_sees_copies_between_host_and_device_and_reading_through_py
 def test_reading_a_layout():
     rows = torch.tensor([[5, 8197, 8805, 8805, *[9003] * 4, 8803, 8196], [0] * 10])
     with NoHostSync():
-        layout_reference.read(rows.flatten(), torch.tensor([0, 10, 20], dtype=torch.int32))
+        layout_reference.forward(Inputs(rows.flatten(), torch.tensor([0, 10, 20], dtype=torch.int32)))
         FrameLayout.from_tokens(rows)
         with pytest.raises(HostSync):
             _ = FrameLayout.from_tokens(rows).num_frames
@@ -106,7 +110,7 @@ def test_training_step(monkeypatch):
 # The ops
 
 
-def tube_loss_arguments(tokens, width, classes, dtype=torch.bfloat16, weight_dtype=None, rows=True):
+def loss_arguments(tokens, width, classes, dtype=torch.bfloat16, weight_dtype=None, rows=True):
     hidden = torch.empty(tokens, width, dtype=dtype, device="meta")
     weight = torch.empty(classes + 8, width, dtype=weight_dtype or dtype, device="meta")
     labels = torch.empty(tokens, dtype=torch.int64, device="meta")
@@ -117,16 +121,16 @@ def tube_loss_arguments(tokens, width, classes, dtype=torch.bfloat16, weight_dty
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("need", [(True, True), (False, False)], ids=str)
-def test_tube_loss_of_known_rows(dtype, need):
+def test_tube_masked_loss_of_known_rows(dtype, need):
     """... on Triton, in three chunks; its matmuls are called as CUDA's library demands."""
-    kernels = pytest.importorskip("lumos_kernels.tube_loss.triton")
-    hidden, weight, labels, rows, per_token = tube_loss_arguments(400, 64, 640, dtype)
+    kernels = pytest.importorskip("lumos_kernels.tube_masked_loss.triton")
+    hidden, weight, labels, rows, per_token = loss_arguments(400, 64, 640, dtype)
     with pretended_gpu() as record, mock.patch.object(kernels, "CHUNK_BYTES", 128 * 704 * dtype.itemsize):
-        nll, lse, correct, dhidden, dweight = tube_loss_ops._forward(
-            hidden, weight, labels, rows, per_token, 8, 648, 0.1, *need, False, "triton"
+        nll, lse, correct, dhidden, dweight = loss_ops._forward(
+            hidden, weight, labels, rows, per_token, 0.1, 8, 648, *need, False, "triton"
         )
         assert record.launches == ["_loss_kernel"] * 3
-        gradients = tube_loss_ops._backward(
+        gradients = loss_ops._backward(
             per_token, per_token, hidden, weight, labels, rows, lse, 8, 648, *need, False, "triton"
         )
         assert record.launches[3:] == (["_gradient_kernel"] * 3 if any(need) else [])
@@ -138,25 +142,26 @@ def test_tube_loss_of_known_rows(dtype, need):
 
 
 @needs_triton
-def test_tube_loss_reads_the_number_of_unknown_rows():
+def test_tube_masked_loss_reads_the_number_of_unknown_rows():
     pytest.importorskip("triton")
-    hidden, weight, labels, _, per_token = tube_loss_arguments(400, 64, 640)
+    hidden, weight, labels, _, per_token = loss_arguments(400, 64, 640)
     with pretended_gpu(), pytest.raises(HostSync, match="nonzero"):
-        tube_loss_ops._forward(hidden, weight, labels, None, per_token, 8, 648, 0.1, True, True, True, "triton")
+        loss_ops._forward(hidden, weight, labels, None, per_token, 0.1, 8, 648, True, True, True, "triton")
 
 
 @needs_triton
 @pytest.mark.parametrize("width", [2048, 3072])
-def test_tube_loss_holds_one_chunk_beyond_its_results(width):
+def test_tube_masked_loss_holds_one_chunk_beyond_its_results(width):
     """28,224 target rows, all of 7 frames of 384p: one chunk of logits and of rows, besides what it returns."""
-    kernels = pytest.importorskip("lumos_kernels.tube_loss.triton")
+    kernels = pytest.importorskip("lumos_kernels.tube_masked_loss.triton")
     hidden = torch.empty(28924, width, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(64000, width, dtype=torch.bfloat16, device="meta")
     rows = torch.empty(28224, dtype=torch.int64, device="meta")
     targets = torch.empty_like(rows)
     with pretended_gpu() as record:
         results = [torch.empty(weight.shape, device="meta")]
-        results += kernels.forward(hidden, weight, targets, rows, None, 0.0, True, *results)
+        inputs = loss_contract.Inputs(hidden, weight, targets, rows)
+        results += kernels.forward(inputs, loss_contract.RowLoss(None, 0.0), loss_contract.Wanted(True, *results))
         kept = sum(x.untyped_storage().nbytes() for x in results)
         assert record.bytes == kept
         assert record.peak - kept <= 4096 * (64000 + width) * 2 + 4 * len(rows)  # 0.54 GB at 2,048; some indices
@@ -174,7 +179,8 @@ def test_masked_sample_of_known_keys(dtype, guided, greedy):
     weight = torch.empty(64000, 2048, dtype=dtype, device="meta")
     keys = None if greedy else torch.empty(4032, 2, dtype=torch.int64, device="meta")
     with pretended_gpu() as record:
-        ids, confidence = kernels.forward(hidden, hidden if guided else None, weight, keys, 16.0, 1.0)
+        inputs = sample_contract.Inputs(hidden, hidden if guided else None, weight, keys, 16.0, 1.0)
+        ids, confidence = kernels.forward(inputs)
     assert record.launches == ["_sample_kernel"] * (4 if guided else 2)
     assert (ids.dtype, confidence.dtype) == (torch.int64, torch.float32)
     assert record.peak < 0.6e9
@@ -186,11 +192,11 @@ def test_mm_rope(backward):
     kernels = pytest.importorskip("lumos_kernels.mm_rope.triton")
     q, k = (torch.empty(1000, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
     positions = torch.empty(3, 1000, dtype=torch.int32, device="meta")
-    norm = torch.empty(1, 64, device="meta"), torch.empty(1, 64, device="meta")
-    rest = positions, norm, norm, torch.empty(32, device="meta"), 1e-5
+    norm = rope_contract.Norm(torch.empty(1, 64, device="meta"), torch.empty(1, 64, device="meta"))
+    inputs = rope_contract.Inputs(q, k, positions, norm, norm, torch.empty(32, device="meta"), 1e-5)
     with pretended_gpu() as record:
         if backward:
-            kernels.backward(q, k, q, k, *rest)
+            kernels.backward(inputs, rope_contract.Rotated(q, k))
         else:
-            kernels.forward(q, k, *rest)
+            kernels.forward(inputs)
     assert record.launches == (["_backward_kernel", "_sum_partials_kernel"] if backward else ["_forward_kernel"])

@@ -155,3 +155,46 @@ def test_first_call_of_a_process_may_be_compiled(tmp_path):
             assert torch.equal(ours, eager)
         """,
     )
+
+
+def test_every_module_of_an_op_is_imported_by_its_dotted_name(tmp_path):
+    """An op's function has the name of its package. `import package.op.module as x` and mock.patch reach the module all
+    the same (lumos_kernels/packages.py), whichever of the two is looked at first.
+    """
+    run_fresh(
+        tmp_path,
+        """
+        import importlib, inspect, pickle, pkgutil, sys
+        from unittest import mock
+
+        import lumos_kernels
+        import lumos_kernels.masked_sample.contract as contract  # before any other look at the package
+        assert contract is sys.modules["lumos_kernels.masked_sample.contract"]
+
+        for op in ("mm_rope", "frame_attention", "tube_masked_loss", "masked_sample", "frame_layout"):
+            package = sys.modules[f"lumos_kernels.{op}"]
+            modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
+            assert {"api", "contract", "ops", "reference", "native"} <= set(modules), (op, modules)
+            for module in modules:
+                name = f"lumos_kernels.{op}.{module}"
+                try:
+                    exec(f"import {name} as x")
+                except ImportError as error:
+                    assert error.name == "triton", error
+                    continue
+                assert x is importlib.import_module(name) is sys.modules[name]
+                assert eval(name) is x
+            with mock.patch(f"lumos_kernels.{op}.reference.forward", None):
+                assert sys.modules[f"lumos_kernels.{op}.reference"].forward is None
+
+        import lumos_kernels.frame_attention.triton.configs as configs
+        assert configs is sys.modules["lumos_kernels.frame_attention.triton.configs"]
+
+        for op in ("mm_rope", "frame_attention", "tube_masked_loss", "masked_sample"):
+            function = getattr(lumos_kernels, op)
+            assert inspect.isfunction(function) and function.__name__ == function.__qualname__ == op
+            assert function.__module__ == f"lumos_kernels.{op}.api" and "Raises:" in function.__doc__
+            assert list(inspect.signature(function).parameters)[-1] == "impl"
+            assert pickle.loads(pickle.dumps(function)) is function
+        """,
+    )

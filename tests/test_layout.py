@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from lumos_kernels import Frame, FrameLayout, RowLimits, Text, dispatch, library
 from lumos_kernels.frame_layout import reference
-from lumos_kernels.layout import frame_skeleton
+from lumos_kernels.frame_layout.contract import Inputs
+from lumos_kernels.frame_layout.frames import frame_skeleton
 
 START, END, LINE, MASK, NUMBER, CODE = 8197, 8196, 8803, 9003, 8804, 65536
 FIELDS = ("cu_seqlens", "positions", "content", "frame_index")
@@ -378,8 +379,8 @@ def test_garbage_stays_in_bounds_and_monotone(ids, cuts, dtype):
 def test_implementations_agree_on_garbage(implementation, ids, cuts, dtype):
     cu_seqlens = torch.tensor([0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)], dtype=torch.int32)
     ids = torch.tensor(ids, dtype=dtype)
-    expected = reference.read(ids, cu_seqlens)
-    for value, wanted in zip(torch.ops.lumos_kernels.frame_layout(ids, cu_seqlens), expected, strict=True):
+    expected = reference.forward(Inputs(ids, cu_seqlens))
+    for value, wanted in zip(torch.ops.lumos_kernels.frame_layout(ids, cu_seqlens, "auto"), expected, strict=True):
         assert value.dtype == wanted.dtype
         assert torch.equal(value, wanted)
 
@@ -389,7 +390,8 @@ def test_frame_layout_is_a_sound_torch_op(dtype):
     ids = torch.tensor(token_ids(VIDEO), dtype=dtype)
     cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
     for tokens in (ids, ids[:0]):
-        torch.library.opcheck(torch.ops.lumos_kernels.frame_layout.default, (tokens, cu_seqlens * bool(len(tokens))))
+        arguments = tokens, cu_seqlens * bool(len(tokens)), "auto"
+        torch.library.opcheck(torch.ops.lumos_kernels.frame_layout.default, arguments)
 
 
 def test_from_tokens_needs_no_value_of_a_tensor():

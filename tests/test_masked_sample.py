@@ -123,7 +123,7 @@ def test_exponentials_have_the_moments_of_the_exponential_distribution():
 def test_greedy_takes_the_most_probable_class_and_gives_its_probability(impl, dtype, guidance, temperature):
     cond, uncond, weight, _ = problem(dtype=dtype)
     ids, confidence = masked_sample(
-        cond, uncond, weight, CLASSES, guidance, temperature=temperature, greedy=True, impl=impl
+        cond, uncond, weight, classes=CLASSES, guidance_scale=guidance, temperature=temperature, greedy=True, impl=impl
     )
     logits = guided_logits(cond.double(), uncond.double(), weight.double(), guidance, temperature)
     top = logits.topk(2)
@@ -148,7 +148,9 @@ def assert_confidence(confidence, ids, cond, uncond, weight, guidance, temperatu
 def test_draws_are_gumbel_max_of_the_keys(impl, dtype, guidance):
     """The documented formula: argmax of l + G = l - log E, with the variates of the row's key."""
     cond, uncond, weight, row_keys = problem(dtype=dtype)
-    ids, confidence = masked_sample(cond, uncond, weight, CLASSES, guidance, 0.8, row_keys=row_keys, impl=impl)
+    ids, confidence = masked_sample(
+        cond, uncond, weight, classes=CLASSES, guidance_scale=guidance, temperature=0.8, row_keys=row_keys, impl=impl
+    )
     logits = guided_logits(cond.double(), uncond.double(), weight.double(), guidance, 0.8)
     scores = logits - exponentials(row_keys, CLASSES[1] - CLASSES[0]).double().log()
     top = scores.topk(2)
@@ -165,7 +167,16 @@ def test_frequencies_are_those_of_the_distribution(impl, guidance, temperature):
     rows, classes = 20000, CLASSES[1] - CLASSES[0]
     cond, uncond = (0.2 * torch.randn(1, 24).expand(rows, 24) for _ in range(2))
     weight = torch.randn(80, 24)
-    ids, _ = masked_sample(cond, uncond, weight, CLASSES, guidance, temperature, row_keys=keys(rows), impl=impl)
+    ids, _ = masked_sample(
+        cond,
+        uncond,
+        weight,
+        classes=CLASSES,
+        guidance_scale=guidance,
+        temperature=temperature,
+        row_keys=keys(rows),
+        impl=impl,
+    )
     p = guided_logits(cond[:1].double(), uncond[:1].double(), weight.double(), guidance, temperature)[0].softmax(-1)
     counts = torch.bincount(ids - CLASSES[0], minlength=classes)
     statistic = float(((counts - rows * p).square() / (rows * p)).sum())
@@ -178,7 +189,7 @@ def test_frequencies_are_those_of_the_distribution(impl, guidance, temperature):
 def test_guidance_none_or_one_does_not_read_the_unconditional_branch(impl):
     cond, uncond, weight, row_keys = problem()
     results = [
-        masked_sample(cond, other, weight, CLASSES, guidance, row_keys=row_keys, impl=impl)
+        masked_sample(cond, other, weight, classes=CLASSES, guidance_scale=guidance, row_keys=row_keys, impl=impl)
         for other, guidance in ((None, None), (None, 1), (torch.full_like(uncond, torch.nan), 1.0))
     ]
     for ids, confidence in results[1:]:
@@ -190,17 +201,27 @@ def test_guidance_none_or_one_does_not_read_the_unconditional_branch(impl):
 @pytest.mark.parametrize("guidance", [None, 3.0])
 def test_a_row_depends_on_its_own_key_and_hidden_states_alone(impl, guidance):
     cond, uncond, weight, row_keys = problem(rows=200)
-    ids, confidence = masked_sample(cond, uncond, weight, CLASSES, guidance, row_keys=row_keys, impl=impl)
+    ids, confidence = masked_sample(
+        cond, uncond, weight, classes=CLASSES, guidance_scale=guidance, row_keys=row_keys, impl=impl
+    )
     for rows in (torch.randperm(200), torch.arange(0, 200, 3), torch.tensor([150]), torch.tensor([9, 9])):
         some, their_confidence = masked_sample(
-            cond[rows], uncond[rows], weight, CLASSES, guidance, row_keys=row_keys[rows], impl=impl
+            cond[rows],
+            uncond[rows],
+            weight,
+            classes=CLASSES,
+            guidance_scale=guidance,
+            row_keys=row_keys[rows],
+            impl=impl,
         )
         assert torch.equal(some, ids[rows])
         torch.testing.assert_close(their_confidence, confidence[rows])
     changed = [x.clone() for x in (cond, uncond, row_keys)]
     for x in changed:
         x[100:] = 1000
-    first = masked_sample(changed[0], changed[1], weight, CLASSES, guidance, row_keys=changed[2], impl=impl)
+    first = masked_sample(
+        changed[0], changed[1], weight, classes=CLASSES, guidance_scale=guidance, row_keys=changed[2], impl=impl
+    )
     assert_bitwise_equal(first[0][:100], ids[:100])
     assert_bitwise_equal(first[1][:100], confidence[:100])
 
@@ -210,9 +231,9 @@ def test_a_row_depends_on_its_own_key_and_hidden_states_alone(impl, guidance):
 def test_classes_outside_the_slice_do_not_matter(impl, greedy):
     cond, _, weight, row_keys = problem()
     options = {"row_keys": row_keys, "greedy": greedy, "impl": impl}
-    ids, confidence = masked_sample(cond, None, weight, CLASSES, **options)
+    ids, confidence = masked_sample(cond, None, weight, classes=CLASSES, **options)
     weight[: CLASSES[0]] = weight[CLASSES[1] :] = 1e4
-    changed, changed_confidence = masked_sample(cond, None, weight, CLASSES, **options)
+    changed, changed_confidence = masked_sample(cond, None, weight, classes=CLASSES, **options)
     assert_bitwise_equal(changed, ids)
     assert_bitwise_equal(changed_confidence, confidence)
     assert ((ids >= CLASSES[0]) & (ids < CLASSES[1])).all()
@@ -223,7 +244,7 @@ def test_generators_reproduce_and_advance(impl):
     cond, _, weight, _ = problem()
 
     def draw(generator):
-        return masked_sample(cond, None, weight, CLASSES, generator=generator, impl=impl)[0]
+        return masked_sample(cond, None, weight, classes=CLASSES, generator=generator, impl=impl)[0]
 
     generator = torch.Generator().manual_seed(5)
     first, second = draw(generator), draw(generator)
@@ -239,15 +260,15 @@ def test_generators_reproduce_and_advance(impl):
     assert not torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
     draw(generator)
-    greedy = masked_sample(cond, None, weight, CLASSES, greedy=True, impl=impl)
+    greedy = masked_sample(cond, None, weight, classes=CLASSES, greedy=True, impl=impl)
     assert torch.equal(torch.get_rng_state(), state)  # neither touches the default generator
-    assert torch.equal(masked_sample(cond, None, weight, CLASSES, greedy=True, impl=impl)[0], greedy[0])
+    assert torch.equal(masked_sample(cond, None, weight, classes=CLASSES, greedy=True, impl=impl)[0], greedy[0])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_of_equal_hidden_states_draw_independently(impl):
     cond = torch.zeros(1000, 24)
-    ids, confidence = masked_sample(cond, None, torch.randn(80, 24), CLASSES, impl=impl)
+    ids, confidence = masked_sample(cond, None, torch.randn(80, 24), classes=CLASSES, impl=impl)
     assert len(ids.unique()) == CLASSES[1] - CLASSES[0]
     assert (ids[1:] == ids[:-1]).float().mean() < 0.1
     assert torch.allclose(confidence, torch.tensor(1 / 45))
@@ -256,9 +277,13 @@ def test_rows_of_equal_hidden_states_draw_independently(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_temperature_sharpens_and_flattens(impl):
     cond, _, weight, row_keys = problem()
-    greedy = masked_sample(cond, None, weight, CLASSES, greedy=True, impl=impl)[0]
-    cold, certain = masked_sample(cond, None, weight, CLASSES, None, 1e-3, row_keys=row_keys, impl=impl)
-    hot, uncertain = masked_sample(cond, None, weight, CLASSES, None, 1e6, row_keys=row_keys, impl=impl)
+    greedy = masked_sample(cond, None, weight, classes=CLASSES, greedy=True, impl=impl)[0]
+    cold, certain = masked_sample(
+        cond, None, weight, classes=CLASSES, guidance_scale=None, temperature=1e-3, row_keys=row_keys, impl=impl
+    )
+    hot, uncertain = masked_sample(
+        cond, None, weight, classes=CLASSES, guidance_scale=None, temperature=1e6, row_keys=row_keys, impl=impl
+    )
     assert (cold == greedy).float().mean() > 0.9
     assert certain.mean() > 0.9
     assert torch.allclose(uncertain, torch.tensor(1 / 45), rtol=1e-3)
@@ -272,9 +297,11 @@ def test_shifted_logits_change_nothing_but_rounding(impl, shift):
     if not runs(impl, torch.float64):
         cond, uncond, weight = cond.float(), uncond.float(), weight.float()
     cond[:, -1], uncond[:, -1], weight[:, -1] = 1, 1, 0
-    expected = masked_sample(cond, uncond, weight, CLASSES, 3.0, row_keys=row_keys, impl=impl)
+    expected = masked_sample(cond, uncond, weight, classes=CLASSES, guidance_scale=3.0, row_keys=row_keys, impl=impl)
     weight[:, -1] = shift
-    ids, confidence = masked_sample(cond, uncond, weight, CLASSES, 3.0, row_keys=row_keys, impl=impl)
+    ids, confidence = masked_sample(
+        cond, uncond, weight, classes=CLASSES, guidance_scale=3.0, row_keys=row_keys, impl=impl
+    )
     assert (ids == expected[0]).float().mean() > 0.9  # fp32 of logits near 3e4 makes near ties
     assert confidence.isfinite().all()
     assert (confidence - expected[1])[ids == expected[0]].abs().max() < abs(shift) * torch.finfo(weight.dtype).eps * 100
@@ -284,7 +311,9 @@ def test_shifted_logits_change_nothing_but_rounding(impl, shift):
 @pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 129])
 def test_numbers_of_rows_around_blocks(impl, rows):
     cond, uncond, weight, row_keys = problem(rows)
-    ids, confidence = masked_sample(cond, uncond, weight, CLASSES, 3.0, row_keys=row_keys, impl=impl)
+    ids, confidence = masked_sample(
+        cond, uncond, weight, classes=CLASSES, guidance_scale=3.0, row_keys=row_keys, impl=impl
+    )
     assert ids.shape == confidence.shape == (rows,)
     assert ((ids >= CLASSES[0]) & (ids < CLASSES[1])).all()
     assert ((confidence > 0) & (confidence <= 1 + 1e-6)).all()
@@ -293,8 +322,8 @@ def test_numbers_of_rows_around_blocks(impl, rows):
             cond[row : row + 1],
             uncond[row : row + 1],
             weight,
-            CLASSES,
-            3.0,
+            classes=CLASSES,
+            guidance_scale=3.0,
             row_keys=row_keys[row : row + 1],
             impl=impl,
         )
@@ -305,7 +334,7 @@ def test_numbers_of_rows_around_blocks(impl, rows):
 @pytest.mark.parametrize("classes", [(0, 1), (79, 80), (0, 80), (3, 7), (10, 15)])
 def test_class_slices_of_any_width(impl, classes):
     cond, _, weight, row_keys = problem()
-    ids, confidence = masked_sample(cond, None, weight, classes, row_keys=row_keys, impl=impl)
+    ids, confidence = masked_sample(cond, None, weight, classes=classes, row_keys=row_keys, impl=impl)
     assert ((ids >= classes[0]) & (ids < classes[1])).all()
     assert classes[1] - classes[0] > 1 or torch.equal(confidence, torch.ones(40))
 
@@ -316,7 +345,9 @@ def test_no_gradient_and_inputs_left_alone(impl):
     before = [x.clone() for x in (cond, uncond, weight, row_keys)]
     cond.requires_grad_()
     weight.requires_grad_()
-    _, confidence = masked_sample(cond, uncond, weight, CLASSES, 3.0, row_keys=row_keys, impl=impl)
+    _, confidence = masked_sample(
+        cond, uncond, weight, classes=CLASSES, guidance_scale=3.0, row_keys=row_keys, impl=impl
+    )
     assert not confidence.requires_grad
     for x, copy in zip((cond, uncond, weight, row_keys), before, strict=True):
         assert_bitwise_equal(x.detach(), copy)
@@ -325,10 +356,10 @@ def test_no_gradient_and_inputs_left_alone(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_any_strides_and_another_dtype_of_weight(impl):
     cond, uncond, weight, row_keys = problem(dtype=torch.bfloat16)
-    expected = masked_sample(cond, uncond, weight, CLASSES, 3.0, row_keys=row_keys, impl=impl)
+    expected = masked_sample(cond, uncond, weight, classes=CLASSES, guidance_scale=3.0, row_keys=row_keys, impl=impl)
     strided = [x.T.contiguous().T for x in (cond, uncond, weight.float(), row_keys)]
     assert not any(x.is_contiguous() for x in strided)
-    ours = masked_sample(*strided[:3], CLASSES, 3.0, row_keys=strided[3], impl=impl)
+    ours = masked_sample(*strided[:3], classes=CLASSES, guidance_scale=3.0, row_keys=strided[3], impl=impl)
     assert torch.equal(ours[0], expected[0])
     torch.testing.assert_close(ours[1], expected[1])
 
@@ -336,9 +367,12 @@ def test_any_strides_and_another_dtype_of_weight(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_output_element_is_written_and_fifty_runs_agree(impl):
     cond, uncond, weight, row_keys = problem()
-    expected = masked_sample(cond, uncond, weight, CLASSES, 3.0, row_keys=row_keys, impl=impl)
+    expected = masked_sample(cond, uncond, weight, classes=CLASSES, guidance_scale=3.0, row_keys=row_keys, impl=impl)
     with poisoned_allocations():
-        results = [masked_sample(cond, uncond, weight, CLASSES, 3.0, row_keys=row_keys, impl=impl) for _ in range(50)]
+        results = [
+            masked_sample(cond, uncond, weight, classes=CLASSES, guidance_scale=3.0, row_keys=row_keys, impl=impl)
+            for _ in range(50)
+        ]
     for result in results:
         for a, b in zip(result, expected, strict=True):
             assert_bitwise_equal(a, b)
@@ -347,9 +381,9 @@ def test_every_output_element_is_written_and_fifty_runs_agree(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_changes_nothing(impl):
     cond, uncond, weight, row_keys = problem()
-    expected = masked_sample(cond, uncond, weight, CLASSES, 3.0, row_keys=row_keys, impl=impl)
+    expected = masked_sample(cond, uncond, weight, classes=CLASSES, guidance_scale=3.0, row_keys=row_keys, impl=impl)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = masked_sample(cond, uncond, weight, CLASSES, 3.0, row_keys=row_keys, impl=impl)
+        ours = masked_sample(cond, uncond, weight, classes=CLASSES, guidance_scale=3.0, row_keys=row_keys, impl=impl)
     for a, b in zip(ours, expected, strict=True):
         assert_bitwise_equal(a, b)
 
@@ -358,7 +392,7 @@ def test_autocast_changes_nothing(impl):
 def test_opcheck(impl):
     cond, uncond, weight, row_keys = problem()
     for other, chosen in ((None, None), (uncond.T.contiguous().T, row_keys)):
-        arguments = (cond, other, weight, chosen, *CLASSES, 3.0, 0.7, impl)
+        arguments = (cond, other, weight, chosen, 3.0, 0.7, *CLASSES, impl)
         opcheck(torch.ops.lumos_kernels.masked_sample.default, arguments)
 
 
@@ -367,7 +401,7 @@ def test_opcheck(impl):
 def test_compiles_whole_and_takes_a_second_length(impl, options):
     def function(cond, uncond, weight, row_keys):
         given = {"row_keys": {"row_keys": row_keys}, "greedy": {"greedy": True}, "default generator": {}}[options]
-        return masked_sample(2 * cond, uncond, weight, CLASSES, 3.0, impl=impl, **given)
+        return masked_sample(2 * cond, uncond, weight, classes=CLASSES, guidance_scale=3.0, impl=impl, **given)
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
 
@@ -391,7 +425,7 @@ def good():
         "hidden_uncond": torch.zeros(6, 8),
         "weight": torch.zeros(80, 8),
         "classes": CLASSES,
-        "guidance": 3.0,
+        "guidance_scale": 3.0,
         "row_keys": keys(6),
     }
 
@@ -401,7 +435,7 @@ BAD = {
     "hidden of integers": ("hidden_cond", {"hidden_cond": torch.zeros(6, 8).int()}),
     "other rows without condition": ("hidden_uncond", {"hidden_uncond": torch.zeros(5, 8)}),
     "another dtype without condition": ("hidden_uncond", {"hidden_uncond": torch.zeros(6, 8).half()}),
-    "guidance without its branch": ("guidance", {"hidden_uncond": None}),
+    "guidance without its branch": ("guidance_scale", {"hidden_uncond": None}),
     "weight of another width": ("weight", {"weight": torch.zeros(80, 9)}),
     "weight of integers": ("weight", {"weight": torch.zeros(80, 8).int()}),
     "weight elsewhere": ("weight", {"weight": torch.zeros(80, 8, device="meta")}),

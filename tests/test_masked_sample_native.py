@@ -30,7 +30,7 @@ GUIDED = [(None, 1.0), (0.0, 1.0), (15.0, 1.0), (3.0, 0.7)]
 @pytest.fixture(params=library.isas())
 def isa(request, monkeypatch):
     monkeypatch.setenv("LUMOS_CPU_ISA", request.param)
-    return native._host.ISA_VALUES[request.param]
+    return library.isa_value(request.param)
 
 
 @pytest.fixture
@@ -54,7 +54,15 @@ def sample(case, guidance=3.0, temperature=1.0, impl="native"):
     """ids and confidence; the argmax where the case has no keys."""
     cond, uncond, weight, row_keys = case
     options = {"greedy": row_keys is None, "row_keys": row_keys, "impl": impl}
-    return masked_sample(cond, uncond, weight, (FIRST, len(weight) - 3), guidance, temperature, **options)
+    return masked_sample(
+        cond,
+        uncond,
+        weight,
+        classes=(FIRST, len(weight) - 3),
+        guidance_scale=guidance,
+        temperature=temperature,
+        **options,
+    )
 
 
 def draw(logits, row_keys, isa, block=96, uncond=None, guidance=1.0, temperature=1.0):
@@ -222,7 +230,7 @@ def test_exponential_of_the_confidence(isa):
 def test_the_sets_of_instructions_give_the_same_bits(given):
     cond, uncond = 5 * torch.randn(50, 333), 5 * torch.randn(50, 333)
     row_keys = keys(50) if given else None
-    results = [draw(cond, row_keys, native._host.ISA_VALUES[name], 96, uncond, 2.5, 0.6) for name in library.isas()]
+    results = [draw(cond, row_keys, library.isa_value(name), 96, uncond, 2.5, 0.6) for name in library.isas()]
     for result in results[1:]:
         assert_same(result, results[0])
 
@@ -240,9 +248,9 @@ def test_products_with_fp32_results(isa, dtype, shape):
     x = torch.randn(rows, width + 3)[:, 1 : width + 1]
     weight = torch.randn(classes, width + 5).to(dtype)[:, 2 : width + 2]
     out = torch.full((rows * classes + 32,), torch.nan)
-    packed = torch.ops.lumos_native.masked_sample_pack_rows(x, isa)
+    packed = torch.ops.lumos_native.pack_rows_fp32(x, isa)
     logits = out[:-32].view(rows, classes)
-    torch.ops.lumos_native.masked_sample_logits(packed, weight, logits, isa)
+    torch.ops.lumos_native.packed_matmul_fp32(packed, weight, logits, isa)
     exact = x.double() @ weight.double().T
     assert_close_to_reference(logits, x @ weight.float().T, exact, "logits")
     assert out[-32:].isnan().all()
@@ -367,7 +375,7 @@ torch.set_num_threads(1)
 dtype = getattr(torch, "{dtype}")
 cond, uncond = torch.randn(1500, 40).to(dtype), torch.randn(1500, 40).to(dtype)
 weight = torch.randn(30_000, 40).to(dtype)
-call = lambda: masked_sample(cond, uncond, weight, (0, 30_000), 3.0)
+call = lambda: masked_sample(cond, uncond, weight, classes=(0, 30_000), guidance_scale=3.0)
 peaks = [peak_of(call, "cpu") for _ in range(2)]
 allowed = native.workspace_bytes(2 * native.chunk_rows(2, weight), weight)
 print("unknown" if peaks[-1] is None else peaks[-1][1] - peaks[-1][0], allowed)

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.masking import MASK_KINDS, mask_ratio, mask_tokens
-from lumos_kernels.layout import MASK, NEW_LINE, Frame, FrameLayout, Text, frame_skeleton
+from lumos_kernels.frame_layout.frames import frame_skeleton
+from lumos_kernels.layout import Frame, FrameLayout, Text
+from lumos_kernels.token_ids import MASK, NEW_LINE
 
 CLASSES = (9216, 9344)
 

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lumos_kernels import Frame, FrameLayout, Text, dispatch, mm_rope
 from lumos_kernels.dispatch import Problem
-from lumos_kernels.mm_rope import common, reference
+from lumos_kernels.mm_rope import reference
+from lumos_kernels.mm_rope.frequencies import inverse_frequencies, pair_axes
 from lumos_kernels.testing import (
     assert_bitwise_equal,
     assert_close_to_reference,
@@ -137,7 +138,7 @@ def test_cos_and_sin_are_the_official_ones_bit_for_bit(name):
     positions = FrameLayout.from_tokens(golden["masked_input_ids"]).positions
     cos, sin = (golden[f"rope.{part}"].flatten(0, 1) for part in ("cos", "sin"))
     half = cos.shape[1] // 2
-    frequencies = common.inverse_frequencies(10000.0, 2 * half, torch.device("cpu"))
+    frequencies = inverse_frequencies(10000.0, 2 * half, torch.device("cpu"))
     angles = reference.angles(positions, frequencies)
     assert_bitwise_equal(torch.cat([angles, angles], -1).cos(), cos, "cos")
     assert_bitwise_equal(torch.cat([angles, angles], -1).sin(), sin, "sin")
@@ -171,7 +172,15 @@ def test_gradcheck(impl, norms):
 
     def function(q, k, *parameters):
         q_pair, k_pair = tuple(parameters[:2]), tuple(parameters[2:])
-        return mm_rope(q, k, positions, 100.0, q_pair if q_norm else None, k_pair if k_norm else None, impl=impl)
+        return mm_rope(
+            q,
+            k,
+            positions,
+            theta=100.0,
+            q_norm=q_pair if q_norm else None,
+            k_norm=k_pair if k_norm else None,
+            impl=impl,
+        )
 
     assert torch.autograd.gradcheck(function, (q, k, *parameters))
 
@@ -408,8 +417,8 @@ def test_activation_checkpointing(impl, reentrant):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_inference_mode_leaves_nothing_behind_that_training_trips_over(impl):
-    common.inverse_frequencies.cache_clear()
-    common.pair_axes.cache_clear()
+    inverse_frequencies.cache_clear()
+    pair_axes.cache_clear()
     leaves, positions = problem(), layout_positions(40)
     with torch.inference_mode():
         call(mm_rope, leaves, positions, impl=impl)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lumos_kernels import library, mm_rope
 from lumos_kernels.mm_rope import native
-from lumos_kernels.mm_rope.common import inverse_frequencies
+from lumos_kernels.mm_rope.contract import Inputs
+from lumos_kernels.mm_rope.frequencies import inverse_frequencies
 from lumos_kernels.mm_rope.reference import angles
 from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_reference, awkward_gradients
 
@@ -73,7 +74,7 @@ def run(case: Case, impl: str, dtype: torch.dtype | None = None) -> dict[str, Te
 
     norms = [norm and tuple(cast(p).detach().requires_grad_() for p in norm) for norm in (case.q_norm, case.k_norm)]
     q, k = (cast(x).detach().requires_grad_() for x in (case.q, case.k))
-    outputs = mm_rope(q, k, case.positions, THETA, *norms, impl=impl)
+    outputs = mm_rope(q, k, case.positions, theta=THETA, q_norm=norms[0], k_norm=norms[1], impl=impl)
     leaves = [q, k, *(p for norm in norms if norm for p in norm)]
     grads = torch.autograd.grad(outputs, leaves, (cast(case.grad_q), cast(case.grad_k)))
     names = ["dq", "dk"] + ["dq_weight", "dq_bias"] * bool(norms[0]) + ["dk_weight", "dk_bias"] * bool(norms[1])
@@ -162,7 +163,9 @@ def test_all_frozen_but_one(trained):
     inputs = dict(zip(NAMES[2:], (case.q, case.k, *case.q_norm, *case.k_norm), strict=True))
     leaves = {name: x.detach().requires_grad_(name == trained) for name, x in inputs.items()}
     q, k, *norms = leaves.values()
-    outputs = mm_rope(q, k, case.positions, THETA, tuple(norms[:2]), tuple(norms[2:]), impl="native")
+    outputs = mm_rope(
+        q, k, case.positions, theta=THETA, q_norm=tuple(norms[:2]), k_norm=tuple(norms[2:]), impl="native"
+    )
     torch.autograd.backward(outputs, (case.grad_q, case.grad_k))
     assert_bitwise_equal(leaves[trained].grad, expected)
     assert all(leaf.grad is None for name, leaf in leaves.items() if name != trained)
@@ -201,7 +204,7 @@ def rotations(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """The cosines and sines that the kernel uses: it turns heads of (1, 0) in fp32."""
     unit = torch.zeros(positions.shape[1], 1, head_dim)
     unit[..., : head_dim // 2] = 1
-    turned, _ = mm_rope(unit, unit, positions, THETA, impl="native")
+    turned, _ = mm_rope(unit, unit, positions, theta=THETA, impl="native")
     return turned[:, 0].chunk(2, dim=-1)
 
 
@@ -289,7 +292,8 @@ def test_every_element_is_written(isa, head_dim, norm_rows):
 def test_outputs_are_contiguous():
     case = make_case()
     q = case.q.transpose(0, 1).contiguous().transpose(0, 1)
-    outputs = native.forward(q, case.k, case.positions, None, None, inverse_frequencies(THETA, 64, q.device), 1e-5)
+    frequencies = inverse_frequencies(THETA, 64, q.device)
+    outputs = native.forward(Inputs(q, case.k, case.positions, None, None, frequencies, 1e-5))
     assert all(out.is_contiguous() for out in outputs)
 
 

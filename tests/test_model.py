@@ -12,7 +12,9 @@ from lumos.masking import mask_tokens
 from lumos.model import Lumos, frame_decay
 from lumos.stream import Stream
 from lumos_kernels import FrameLayout
-from lumos_kernels.layout import NEW_LINE, RowLimits, frame_skeleton
+from lumos_kernels.frame_layout.frames import frame_skeleton
+from lumos_kernels.layout import RowLimits
+from lumos_kernels.token_ids import NEW_LINE
 
 CLASSES = (9216, 9344)
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import lumos.patch
 from lumos import Lumos, LumosConfig, apply_lumos_kernels
-from lumos_kernels.layout import frame_skeleton
+from lumos_kernels.frame_layout.frames import frame_skeleton
 
 SWITCHES = [
     {},

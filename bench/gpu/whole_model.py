@@ -22,7 +22,8 @@ from lumos import Lumos, LumosConfig, mask_tokens
 from lumos.tokens import VIDEO_START
 from lumos_kernels import FrameLayout, dispatch
 from lumos_kernels.dispatch import Problem
-from lumos_kernels.layout import MASK, NUMBER_BASE, frame_skeleton
+from lumos_kernels.frame_layout.frames import frame_skeleton
+from lumos_kernels.token_ids import MASK, NUMBER_BASE
 
 # Dense bf16 peak of the data sheet, what MFU is a share of: "H100 80GB HBM3", "H200" and "A100-SXM4-80GB" name these.
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}

@@ -9,18 +9,9 @@ from bench import formulas
 from bench.formulas import Work
 from bench.registry import CEILING, Case, Contestant, Inputs, OpBench
 from bench.shapes import M1B, SMOKE, TINY, VIDEO_256P, VIDEO_384P, VIDEO_384P_LONG
-from lumos_kernels import dispatch
-from lumos_kernels.dispatch import Problem
-from lumos_kernels.layout import (
-    FRAME_HEADER,
-    FRAME_START,
-    GRID_UNIT,
-    NUMBER_BASE,
-    SPACE_STRIDE,
-    TIME_STRIDE,
-    frame_length,
-    frame_skeleton,
-)
+from lumos_kernels.frame_layout.api import frame_layout
+from lumos_kernels.frame_layout.frames import SPACE_STRIDE, TIME_STRIDE, frame_length, frame_skeleton
+from lumos_kernels.token_ids import FRAME_HEADER, FRAME_START, GRID_UNIT, NUMBER_BASE
 
 
 def build(case: Case, device: str, dtype: torch.dtype) -> Inputs:
@@ -35,7 +26,7 @@ def build(case: Case, device: str, dtype: torch.dtype) -> Inputs:
 
 
 def ours(inputs: Inputs, impl: str) -> tuple[Tensor, ...]:
-    return dispatch.ops()["frame_layout"].choose(impl, Problem.of(inputs.ids)).read(inputs.ids, inputs.cu_seqlens)
+    return frame_layout(inputs.ids, inputs.cu_seqlens, impl=impl)
 
 
 def per_frame(inputs: Inputs) -> tuple[Tensor, ...]:

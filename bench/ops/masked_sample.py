@@ -11,7 +11,7 @@ from bench.formulas import Work
 from bench.registry import CEILING, Case, Contestant, Inputs, OpBench
 from bench.shapes import IMAGE_256P, IMAGE_384P, M1B, M1B_QUARTER, SMOKE, TINY
 from lumos_kernels import masked_sample
-from lumos_kernels.tube_loss.api import VISUAL_CLASSES
+from lumos_kernels.token_ids import VISUAL_CLASSES
 
 SMOKE_CLASSES = (192, 512)  # with a vocabulary of 512
 GUIDANCE = 15.0
@@ -61,7 +61,9 @@ def _outputs(ids: Tensor, confidence: Tensor, inputs: Inputs) -> tuple[Tensor, .
 
 def ours(inputs: Inputs, impl: str) -> tuple[Tensor, ...]:
     cond, uncond, weight, keys = (inputs.args[name] for name in ("cond", "uncond", "weight", "keys"))
-    drawn = masked_sample(cond, uncond, weight, inputs.classes, GUIDANCE, row_keys=keys, impl=impl)
+    drawn = masked_sample(
+        cond, uncond, weight, classes=inputs.classes, guidance_scale=GUIDANCE, row_keys=keys, impl=impl
+    )
     return _outputs(*drawn, inputs)
 
 

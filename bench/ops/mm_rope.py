@@ -13,8 +13,8 @@ from bench.formulas import Work
 from bench.registry import CEILING, Case, Contestant, Inputs, OpBench, grid
 from bench.shapes import IMAGE_256P, M1B, M3B, SMOKE, TINY, VIDEO_256P, VIDEO_384P
 from lumos_kernels import mm_rope
-from lumos_kernels.mm_rope import reference
-from lumos_kernels.mm_rope.common import AXES, inverse_frequencies
+from lumos_kernels.mm_rope import contract, reference
+from lumos_kernels.mm_rope.frequencies import AXES, inverse_frequencies
 
 THETA, EPS = 10000.0, 1e-5
 
@@ -55,14 +55,15 @@ def ours(inputs: Inputs, impl: str) -> tuple[Tensor, ...]:
     return mm_rope(q, k, positions, theta=THETA, q_norm=q_norm, k_norm=k_norm, eps=EPS, impl=impl)
 
 
-def _eager_arguments(inputs: Inputs) -> tuple:
+def _contract(inputs: Inputs) -> contract.Inputs:
     inv_freq = inverse_frequencies(THETA, inputs.q.shape[-1], inputs.q.device)
-    return inputs.q, inputs.k, inputs.positions, inputs.q_norm, inputs.k_norm, inv_freq, EPS
+    norms = (contract.Norm(*inputs.args[name]) for name in ("q_norm", "k_norm"))
+    return contract.Inputs(inputs.q, inputs.k, inputs.positions, *norms, inv_freq, EPS)
 
 
 def eager(inputs: Inputs) -> tuple[Tensor, ...]:
     """The reference's forward as plain PyTorch under autograd: fp32 inside, one rounding."""
-    return reference.forward(*_eager_arguments(inputs))
+    return reference.forward(_contract(inputs))
 
 
 def _tables(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -168,7 +169,7 @@ BENCH = OpBench(
             requires=("liger_kernel",),
             slack=4.0,
         ),
-        Contestant("torch.compile", rivals_rope.compiled(reference.forward, _eager_arguments), available=_on_gpu),
+        Contestant("torch.compile", rivals_rope.compiled(reference.forward, _contract), available=_on_gpu),
         Contestant("copy", copy, CEILING, prepare=_with_copies, work=_copy_work),
         Contestant("clone", clone, CEILING, prepare=_with_copies, work=_copy_work),
     ),

@@ -24,7 +24,7 @@ from bench.shapes import (
 )
 from lumos_kernels import tube_masked_loss
 from lumos_kernels.testing import eager_loss
-from lumos_kernels.tube_loss.api import VISUAL_CLASSES
+from lumos_kernels.token_ids import VISUAL_CLASSES
 
 VOCABULARY = VISUAL_CLASSES[1]
 SMOKE_CLASSES = (192, 512)  # with a vocabulary of 512

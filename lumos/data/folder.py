@@ -42,7 +42,7 @@ from lumos.data.index import (
 from lumos.data.sample import Sample, Shape
 from lumos.disk import sync, try_lock
 from lumos.tokens import IGNORED
-from lumos_kernels.layout import frame_length
+from lumos_kernels.frame_layout.frames import frame_length
 
 SHARD_TOKENS = 1 << 28  # 1 GiB: few files for many samples, and small enough to copy, check or lose one by one
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lumos.tokens import PLACEHOLDERS, Spans, cut_with_labels, drop_text
-from lumos_kernels.layout import frame_length
+from lumos_kernels.frame_layout.frames import frame_length
 
 
 @dataclass(frozen=True)

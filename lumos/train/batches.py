@@ -18,7 +18,7 @@ from lumos.data.sources import DataSource, Samples
 from lumos.masking import MaskedBatch, mask_tokens
 from lumos.train.config import TrainConfig
 from lumos_kernels import FrameLayout
-from lumos_kernels.layout import FRAME_START
+from lumos_kernels.token_ids import FRAME_START
 
 
 @dataclass(frozen=True)

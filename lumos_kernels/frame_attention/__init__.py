@@ -1,1 +1,4 @@
-from lumos_kernels.frame_attention.api import frame_attention as frame_attention
+from ..packages import share_namespace
+from .api import frame_attention as frame_attention
+
+share_namespace(frame_attention, __name__)

@@ -1,12 +1,12 @@
-"""frame_attention through an installed flash-attn: exact, a fallback and a rival. The contract is in ops.py.
+"""frame_attention through an installed flash-attn: exact, a fallback and a rival.
 
-flash-attn knows no row limits, but causal masks aligned to the bottom right. Rows that see the same keys (a frame) are
-one call without a mask, rows whose limit grows by one key each (text) one causal call; where each key belongs to one
-call alone, they are sequences of a single varlen call. To cut the rows the limits must be read: the host waits for the
-GPU once per limits, not per layer.
+flash-attn knows no row limits, but it has causal masks aligned to the bottom right. Rows that see the same keys (a
+frame) become one call without a mask. Rows whose limit grows by one key each (text) become one causal call. Where each
+key belongs to one call alone, the calls become sequences of a single varlen call. Cutting the rows reads the limits:
+the host waits for the GPU once per limits, not once per layer.
 
-frame_attention(impl="flash") goes through `attend`, whose autograd is flash-attn's own. forward and backward serve
-whoever chooses it otherwise (LUMOS_IMPL); backward then runs the forward calls again.
+frame_attention(impl="flash") goes through differentiable_forward, whose autograd is flash-attn's own. forward and
+backward serve a choice by LUMOS_IMPL, and backward then runs the forward calls again.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lumos_kernels.layout import RowLimits
+from ..layout import RowLimits
+from .contract import Gradients, Inputs, OutputGradients, Outputs
 
 # Where the releases keep flash_attn_func and flash_attn_varlen_func: FlashAttention-3, -4 and -2.
 MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 
-# More calls than this mean limits that flash-attn has no mask for, such as windows that slide token by token.
+# Limits that take more calls have no mask in flash-attn, e.g. windows that slide token by token.
 MAX_CALLS = 1024
 
 
 class Run(NamedTuple):
-    """Consecutive rows that one call serves: queries [q_first, q_last) against keys [k_first, k_last)."""
+    """Consecutive rows that one call serves: the queries [q_first, q_last) against the keys [k_first, k_last)."""
 
     q_first: int
     q_last: int
@@ -42,7 +44,7 @@ class Run(NamedTuple):
 
 @functools.cache
 def module() -> ModuleType | None:
-    """The installed flash-attn, newest interface for Hopper first; None where there is none."""
+    """Return the installed flash-attn, the newest interface for Hopper first, None where there is none."""
     for name in MODULES:
         try:
             found = importlib.import_module(name)
@@ -54,58 +56,58 @@ def module() -> ModuleType | None:
 
 
 def refusal() -> str | None:
-    """None where flash-attn is installed and loads, else why not."""
+    """Return None where flash-attn is installed and loads, else the reason why not."""
     if module() is not None:
         return None
     return "flash-attn is not installed, or does not load with this torch"
 
 
 def cut(limits: RowLimits) -> list[Run]:
-    """The calls that make up the limits, without the rows that see nothing. Reads the limits."""
+    """Return the calls that make up the limits, without the rows that see nothing. Reads the limits."""
     starts, ends = limits.kv_start.cpu(), limits.kv_end.cpu()
     same_start = (starts.diff() == 0) & (ends > starts)[1:] & (ends > starts)[:-1]
-    # 0: to a row that sees the same keys, 1: to one that sees one key more, 2: to any other.
+    # The step to the next row: 0 if that sees the same keys, 1 if it sees one key more, 2 if it is any other row.
     steps = torch.where(same_start, ends.diff().clamp(0, 2), 2).tolist()
-    starts, ends = starts.tolist(), ends.tolist()
+    kv_start, kv_end = starts.tolist(), ends.tolist()
     runs, first = [], 0
-    while first < len(starts):
+    while first < len(kv_start):
         last = first + 1
-        while last < len(starts) and steps[last - 1] != 2 and steps[last - 1] == steps[first]:
+        while last < len(kv_start) and steps[last - 1] != 2 and steps[last - 1] == steps[first]:
             last += 1
-        if starts[first] < ends[first]:
+        if kv_start[first] < kv_end[first]:
             causal = last - first > 1 and steps[first] == 1
-            runs.append(Run(first, last, starts[first], ends[last - 1], causal))
+            runs.append(Run(first, last, kv_start[first], kv_end[last - 1], causal))
         first = last
     if len(runs) > MAX_CALLS:
         raise ValueError(
-            f"frame_attention: impl='flash' cannot express these limits: {len(starts)} queries would take "
+            f"frame_attention: impl='flash' cannot express these limits: {len(kv_start)} queries would take "
             f"{len(runs)} calls of flash-attn, more than {MAX_CALLS}; it has masks for frames and for causal text only"
         )
     return runs
 
 
-_RUNS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # kv_end -> (its version, kv_start's, runs)
+_RUNS = WeakIdKeyDictionary()  # kv_end -> (versions of both limits, runs)
 
 
 def _runs(limits: RowLimits) -> list[Run]:
-    """cut(limits), remembered as long as the tensor of limits lives and is not written to."""
+    """Return cut(limits), cached as long as the tensor of limits lives and is not written to."""
     versions = limits.kv_end._version, limits.kv_start.data_ptr(), limits.kv_start._version
-    known = _RUNS.get(limits.kv_end)
+    known: tuple[tuple[int, int, int], list[Run]] | None = _RUNS.get(limits.kv_end)
     if known is None or known[0] != versions:
         known = versions, cut(limits)
         _RUNS[limits.kv_end] = known
     return known[1]
 
 
-def _outputs(result: Tensor | tuple, name: str) -> tuple[Tensor, Tensor]:
-    """(o, lse) of a call that was asked for both; FlashAttention-2 adds a third value."""
+def _outputs(result: Tensor | tuple[Any, ...], name: str) -> tuple[Tensor, Tensor]:
+    """Return (o, lse) of a call that was asked for both. FlashAttention-2 adds a third value."""
     if isinstance(result, Tensor) or len(result) < 2:
         raise ValueError(f"frame_attention: impl='flash' cannot run here: {name} returns no lse")
     return result[0], result[1]
 
 
-def _with_lse(function, arguments: dict) -> dict:
-    """The argument by which this version returns lse too."""
+def _with_lse(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with the one by which this version returns lse too."""
     names = _parameters(function)
     for name in ("return_attn_probs", "return_lse"):
         if name in names:
@@ -116,105 +118,104 @@ def _with_lse(function, arguments: dict) -> dict:
 
 
 @functools.lru_cache(maxsize=16)
-def _parameters(function) -> frozenset[str]:
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def _one_call(q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float, deterministic: bool) -> tuple[Tensor, Tensor]:
-    function = module().flash_attn_func
-    q, k, v = q[run.q_first : run.q_last], k[run.k_first : run.k_last], v[run.k_first : run.k_last]
-    options = _with_lse(function, {"softmax_scale": scale, "causal": run.causal, "deterministic": deterministic})
-    o, lse = _outputs(function(q[None], k[None], v[None], **options), "flash_attn_func")
-    return o[0], lse[0, :, : q.shape[0]]  # some versions pad the rows of lse
+def _function(name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(module(), name)
+    return function
+
+
+def _one_call(inputs: Inputs, run: Run, deterministic: bool) -> tuple[Tensor, Tensor]:
+    function = _function("flash_attn_func")
+    q = inputs.q[None, run.q_first : run.q_last]
+    k, v = (x[None, run.k_first : run.k_last] for x in (inputs.k, inputs.v))
+    options = {"softmax_scale": inputs.scale, "causal": run.causal, "deterministic": deterministic}
+    o, lse = _outputs(function(q, k, v, **_with_lse(function, options)), "flash_attn_func")
+    return o[0], lse[0, :, : q.shape[1]]  # some versions pad the rows of lse
 
 
 def _is_packed(runs: list[Run], queries: int, keys: int) -> bool:
-    """Whether the runs are the sequences of a varlen call: all rows, all keys, each key in one run, masks alike."""
+    """Return whether the runs are the sequences of one varlen call: all rows, each key in one run, one kind of mask."""
     q_edges = [0, *(run.q_last for run in runs)] == [*(run.q_first for run in runs), queries]
     k_edges = [0, *(run.k_last for run in runs)] == [*(run.k_first for run in runs), keys]
     # A single row is its own frame and its own text.
     return q_edges and k_edges and len({run.causal for run in runs if run.q_last - run.q_first > 1}) <= 1
 
 
-def _one_varlen_call(q, k, v, runs: list[Run], scale: float, deterministic: bool) -> tuple[Tensor, Tensor]:
-    function = module().flash_attn_varlen_func
+def _one_varlen_call(inputs: Inputs, runs: list[Run], deterministic: bool) -> tuple[Tensor, Tensor]:
+    function = _function("flash_attn_varlen_func")
     edges = [(0, 0), *((run.q_last, run.k_last) for run in runs)]
-    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device=q.device) for x in zip(*edges, strict=True))
-    options = _with_lse(
-        function, {"softmax_scale": scale, "causal": any(r.causal for r in runs), "deterministic": deterministic}
-    )
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device=inputs.q.device) for x in zip(*edges, strict=True))
+    causal = any(run.causal for run in runs)
+    options = {"softmax_scale": inputs.scale, "causal": causal, "deterministic": deterministic}
     sizes = {
         "cu_seqlens_q": cu_q,
         "cu_seqlens_k": cu_k,
         "max_seqlen_q": max(run.q_last - run.q_first for run in runs),
         "max_seqlen_k": max(run.k_last - run.k_first for run in runs),
     }
-    return _outputs(function(q, k, v, **sizes, **options), "flash_attn_varlen_func")
+    result = function(inputs.q, inputs.k, inputs.v, **sizes, **_with_lse(function, options))
+    return _outputs(result, "flash_attn_varlen_func")
 
 
 class _NoGradient(torch.autograd.Function):
-    """lse as it is; a gradient that reaches it raises, where flash-attn would drop it in silence."""
+    """Passes lse on. A gradient that reaches it raises an error, where flash-attn would drop it in silence."""
 
     @staticmethod
-    def forward(ctx, lse, o):
+    def forward(ctx: Any, lse: Tensor, o: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         return lse.clone()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None]:
         if grad is not None:
             raise ValueError("frame_attention: impl='flash' passes no gradient through lse: flash-attn has none")
         return None, None
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, limits: RowLimits, scale: float, deterministic: bool = False
-) -> tuple[Tensor, Tensor]:
-    """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> o [Tq, Hq, D], lse fp32 [Hq, Tq]; autograd is flash-attn's.
+_without_gradient: Callable[[Tensor, Tensor], Tensor] = _NoGradient.apply
+
+
+def differentiable_forward(inputs: Inputs, *, deterministic: bool) -> Outputs:
+    """Return outputs through which gradients flow by flash-attn's own autograd.
 
     Raises ValueError where the limits take too many calls, and in backward where a gradient reaches lse.
     """
-    runs = _runs(limits)
-    queries, heads, _ = q.shape
-    if len(runs) > 1 and hasattr(module(), "flash_attn_varlen_func") and _is_packed(runs, queries, k.shape[0]):
-        o, lse = _one_varlen_call(q, k, v, runs, scale, deterministic)
-        if lse.shape == (heads, queries):  # before 2.6 it came padded, by document
-            return o, _NoGradient.apply(lse.float(), o)
-    outs, lses, row = [], [], 0
-    for run in [*runs, None]:
-        upto = queries if run is None else run.q_first
-        if upto > row:  # rows without keys
-            outs.append(q[row:upto].masked_fill(q.new_ones((), dtype=torch.bool), 0.0))  # 0, and so is its gradient
-            lses.append(q.new_full((heads, upto - row), -torch.inf, dtype=torch.float32))
-        if run is not None:
-            o, lse = _one_call(q, k, v, run, scale, deterministic)
-            outs.append(o)
-            lses.append(lse.float())
-            row = run.q_last
-    o = torch.cat(outs) if outs else q.clone()
-    lse = torch.cat(lses, 1) if lses else q.new_empty((heads, 0), dtype=torch.float32)
-    return o, _NoGradient.apply(lse, o)
+    runs, queries = _runs(inputs.limits), inputs.q.shape[0]
+    if len(runs) > 1 and hasattr(module(), "flash_attn_varlen_func") and _is_packed(runs, queries, inputs.k.shape[0]):
+        o, lse = _one_varlen_call(inputs, runs, deterministic)
+        if lse.shape == (inputs.q.shape[1], queries):  # before 2.6 it came padded, by document
+            return Outputs(o, _without_gradient(lse.float(), o))
+    parts, row = [], 0
+    for run in runs:
+        if run.q_first > row:
+            parts.append(_rows_without_keys(inputs.q, row, run.q_first))
+        parts.append(_one_call(inputs, run, deterministic))
+        row = run.q_last
+    if queries > row or not parts:
+        parts.append(_rows_without_keys(inputs.q, row, queries))
+    o = torch.cat([o for o, _ in parts])
+    return Outputs(o, _without_gradient(torch.cat([lse.float() for _, lse in parts], 1), o))
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, limits: RowLimits, scale: float) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, limits, scale)
+def _rows_without_keys(q: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Return o and lse of the rows: 0, whose gradient is 0, and -inf."""
+    zeros = q[first:last].masked_fill(q.new_ones((), dtype=torch.bool), 0.0)
+    return zeros, q.new_full((q.shape[1], last - first), -torch.inf, dtype=torch.float32)
 
 
-def backward(
-    grad_o: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    limits: RowLimits,
-    scale: float,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if grad_lse is not None:
+def forward(inputs: Inputs) -> Outputs:
+    """Attend. contract.py says what comes in and goes out."""
+    return differentiable_forward(inputs, deterministic=False)
+
+
+def backward(inputs: Inputs, outputs: Outputs, grad: OutputGradients, *, deterministic: bool) -> Gradients:
+    """Return the gradients; runs the forward calls again, since flash-attn's autograd starts from them."""
+    if grad.lse is not None:
         raise ValueError("frame_attention: impl='flash' passes no gradient through lse: flash-attn has none")
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     with torch.enable_grad():
-        again, _ = attend(*leaves, limits, scale, deterministic)
-    return torch.autograd.grad(again, leaves, grad_o, allow_unused=True, materialize_grads=True)
+        o, _ = differentiable_forward(inputs._replace(q=q, k=k, v=v), deterministic=deterministic)
+    return Gradients(*torch.autograd.grad(o, (q, k, v), grad.o, allow_unused=True, materialize_grads=True))

@@ -1,113 +1,96 @@
-"""frame_attention under torch.library: schemas, fakes and autograd. Imports torch only.
-
-An implementation is a module of this folder with
-    forward(q, k, v, limits, scale) -> o, lse
-    backward(grad_o, grad_lse or None, q, k, v, o, lse, limits, scale, deterministic) -> dq, dk, dv
-Inputs are validated and have a unit last stride; outputs are contiguous.
-"""
+"""frame_attention under torch.library: schemas, fakes and autograd around the contract. Imports torch only."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lumos_kernels import checks, dispatch
-from lumos_kernels.dispatch import Problem, runs_anywhere
-from lumos_kernels.layout import RowLimits
-from lumos_kernels.library_ops import define
+from ..dispatch import Problem
+from ..layout import RowLimits
+from ..registration import define
+from ..tensors import unit_last_stride
+from .contract import OP, SELF_DIFFERENTIATING, Gradients, Inputs, OutputGradients, Outputs, SelfDifferentiating
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_end, Tensor q_start, Tensor q_end, float scale"
 
 
-def _runs_native(problem: Problem) -> str | None:
-    if problem.head_dim is not None and (problem.head_dim == 0 or problem.head_dim % 32):
-        return f"computes head sizes that are multiples of 32, not {problem.head_dim}"
-    return dispatch.runs_native(problem)
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor, kv_end: Tensor, q_start: Tensor, q_end: Tensor, scale: float
+) -> Inputs:
+    limits = RowLimits(kv_start, kv_end, q_start, q_end)
+    return Inputs(unit_last_stride(q), unit_last_stride(k), unit_last_stride(v), limits, scale)
 
 
-def _runs_triton(problem: Problem) -> str | None:
-    if problem.head_dim is not None and problem.head_dim not in (32, 64, 96, 128):
-        return f"computes head sizes 32, 64, 96 and 128, not {problem.head_dim}"
-    return dispatch.runs_triton(problem)
+def _fake_forward(q: Tensor, *_: Any) -> Outputs:
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    return Outputs(q.new_empty(q.shape), lse)
 
 
-def _runs_flash(problem: Problem) -> str | None:
-    if problem.device != "cuda":
-        return f"runs CUDA tensors, not {problem.device}"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        return f"computes bfloat16 and float16, not {str(problem.dtype).removeprefix('torch.')}"
-    if problem.head_dim is not None and (problem.head_dim > 256 or problem.head_dim % 8):
-        return f"computes head sizes that are multiples of 8 up to 256, not {problem.head_dim}"
-    from lumos_kernels.frame_attention import flash
-
-    return flash.refusal()
+@define(f"frame_attention({_INPUTS}, str impl) -> (Tensor, Tensor)", _fake_forward)
+def _forward(q: Tensor, *rest: Any) -> Outputs:
+    *inputs, impl = rest
+    o, lse = OP.choose(impl, Problem.of(q, q.shape[-1])).forward(_inputs(q, *inputs))
+    return Outputs(o.contiguous(), lse.contiguous())
 
 
-OP = dispatch.register(
-    "frame_attention",
-    "lumos_kernels.frame_attention",
-    {"triton": _runs_triton, "native": _runs_native, "flash": _runs_flash, "reference": runs_anywhere},
-)
-
-_LIMITS = "Tensor kv_start, Tensor kv_end, Tensor q_start, Tensor q_end"
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
-
-
-def _fake_forward(q, k, v, kv_start, kv_end, q_start, q_end, scale, impl):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
+def _fake_backward(grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Gradients:
+    return Gradients(q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
 
 
 @define(
-    f"frame_attention(Tensor q, Tensor k, Tensor v, {_LIMITS}, float scale, str impl) -> (Tensor, Tensor)",
-    _fake_forward,
-)
-def _forward(q, k, v, kv_start, kv_end, q_start, q_end, scale, impl):
-    chosen = OP.choose(impl, Problem.of(q, q.shape[-1]))
-    q, k, v = (checks.unit_last_stride(x) for x in (q, k, v))
-    o, lse = chosen.forward(q, k, v, RowLimits(kv_start, kv_end, q_start, q_end), scale)
-    return o.contiguous(), lse.contiguous()
-
-
-def _fake_backward(grad_o, grad_lse, q, k, v, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-@define(
-    "frame_attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    f"{_LIMITS}, float scale, bool deterministic, str impl) -> (Tensor, Tensor, Tensor)",
+    f"frame_attention_backward(Tensor grad_o, Tensor? grad_lse, {_INPUTS}, Tensor o, Tensor lse, bool deterministic, "
+    "str impl) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
-def _backward(grad_o, grad_lse, q, k, v, o, lse, kv_start, kv_end, q_start, q_end, scale, deterministic, impl):
+def _backward(grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, *rest: Any) -> Gradients:
+    *inputs, o, lse, deterministic, impl = rest
     chosen = OP.choose(impl, Problem.of(q, q.shape[-1]))
-    grad_o, q, k, v = (checks.unit_last_stride(x) for x in (grad_o, q, k, v))
-    limits = RowLimits(kv_start, kv_end, q_start, q_end)
-    grads = chosen.backward(grad_o, grad_lse, q, k, v, o, lse, limits, scale, deterministic)
-    return tuple(grad.contiguous() for grad in grads)
+    grad = OutputGradients(unit_last_stride(grad_o), grad_lse)
+    gradients = chosen.backward(_inputs(q, *inputs), Outputs(o, lse), grad, deterministic=deterministic)
+    return Gradients(*(x.contiguous() for x in gradients))
 
 
 class FrameAttention(torch.autograd.Function):
-    """Saves q, k, v, o and lse; the probabilities are recomputed in backward."""
+    """frame_attention with its gradients. Saves q, k, v, o and lse; backward recomputes the probabilities."""
 
     @staticmethod
-    def forward(ctx, q, k, v, kv_start, kv_end, q_start, q_end, scale, deterministic, impl):
-        limits = kv_start, kv_end, q_start, q_end
-        o, lse = torch.ops.lumos_kernels.frame_attention.default(q, k, v, *limits, scale, impl)
-        ctx.save_for_backward(q, k, v, o, lse, *limits)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *inputs, deterministic, impl = arguments
+        o, lse = torch.ops.lumos_kernels.frame_attention.default(*inputs, impl)
+        *tensors, scale = inputs
+        ctx.save_for_backward(*tensors, o, lse)
         ctx.options = scale, deterministic, impl
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_o, grad_lse):
+    def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_o is None and grad_lse is None:
             return (None,) * 10
-        q, k, v, o, lse, *limits = ctx.saved_tensors
+        *tensors, o, lse = ctx.saved_tensors
+        scale, deterministic, impl = ctx.options
         grad_o = torch.zeros_like(o) if grad_o is None else grad_o
-        grads = torch.ops.lumos_kernels.frame_attention_backward.default(
-            grad_o, grad_lse, q, k, v, o, lse, *limits, *ctx.options
+        gradients = torch.ops.lumos_kernels.frame_attention_backward.default(
+            grad_o, grad_lse, *tensors, scale, o, lse, deterministic, impl
         )
-        needed = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
+        needed = (x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
         return *needed, *(None,) * 7
+
+
+# The op with its gradients, typed: q, k, v, four limits, scale, deterministic, impl -> o, lse.
+_attend: Callable[..., tuple[Tensor, Tensor]] = FrameAttention.apply
+
+
+def attend(inputs: Inputs, deterministic: bool, impl: str) -> Outputs:
+    """Return differentiable outputs: through the op, or through the implementation's own autograd."""
+    q, k, v, limits, scale = inputs
+    if impl in SELF_DIFFERENTIATING:
+        chosen = cast(SelfDifferentiating, OP.choose(impl, Problem.of(q, q.shape[-1])))
+        return chosen.differentiable_forward(inputs, deterministic=deterministic)
+    rows = limits.kv_start, limits.kv_end, limits.q_start, limits.q_end
+    return Outputs(*_attend(q, k, v, *rows, scale, deterministic, impl))

@@ -1,10 +1,12 @@
-"""Reading a layout in C++, one pass over the ids (csrc/cpu/frame_layout.cpp). The contract is at the top of ops.py."""
+"""frame_layout in C++ (csrc/frame_layout): one pass over the ids."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+
+from .contract import Inputs, Outputs
 
 
-def read(ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.lumos_native.frame_layout.default(ids, cu_seqlens)
+def forward(inputs: Inputs) -> Outputs:
+    """Read the layout. contract.py says what comes in and goes out."""
+    return Outputs(*torch.ops.lumos_native.frame_layout.default(*inputs))

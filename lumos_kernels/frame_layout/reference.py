@@ -1,28 +1,37 @@
-"""Reading a layout in plain PyTorch, on any device and without a host sync. The contract is at the top of ops.py."""
+"""frame_layout in plain PyTorch, on any device and without a host sync: the specification of the other implementations.
+
+Every token learns the start of the latest frame by a running maximum, and reads that frame's size from its header. A
+token lies inside the frame if that frame starts in its own document and has not ended. Content counts its position from
+the document's first content token; every other token has its own index as all three positions.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lumos_kernels.layout import FRAME_HEADER, FRAME_START, SPACE_STRIDE, TIME_STRIDE, RowLimits, header_numbers
+from ..layout import RowLimits
+from ..token_ids import FRAME_HEADER, FRAME_START
+from .contract import Inputs, Outputs
+from .frames import SPACE_STRIDE, TIME_STRIDE, header_numbers
 
 
-def read(ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
-    """The layout of well-formed documents; on malformed ones still in bounds, so that no kernel reads outside."""
+def forward(inputs: Inputs) -> Outputs:
+    """Read the layout. On malformed documents its limits are still in bounds, so that no kernel reads outside."""
+    ids, cu_seqlens = inputs
     total = ids.shape[0]
     if total == 0:
         none = torch.empty_like(ids, dtype=torch.int32)
-        return none.new_empty(3, 0), none.bool(), *(none.clone() for _ in range(5))
+        return Outputs(none.new_empty(3, 0), none.bool(), *(none.clone() for _ in range(5)))
     ids = ids.to(torch.int32)
     index = torch.arange(total, dtype=torch.int32, device=ids.device)
     starts = ids == FRAME_START
-    start = torch.where(starts, index, -1).cummax(0).values  # of the latest frame, this token's included
+    start = torch.where(starts, index, -1).cummax(0).values  # start of the latest frame, which may be this token
     numbers = torch.nn.functional.pad(header_numbers(ids), (0, FRAME_HEADER - 1))
     rows, cols = (numbers.index_select(0, start + 1 + axis) for axis in (0, 1))
     line = cols + 1
     codes = rows * line
-    frames = starts.cumsum(0, dtype=torch.int32)  # frames of the stream so far, this token's included
+    frames = starts.cumsum(0, dtype=torch.int32)  # number of frame starts so far, this token included
     doc_start, doc_end, frames_before, first_content = _document_facts(cu_seqlens, index, frames)
 
     offset = index - (start + FRAME_HEADER)
@@ -31,7 +40,7 @@ def read(ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
     frame = frames - (frames_before + 1)
 
     frame_end = torch.minimum(index - offset + (codes + 1), doc_end)
-    # A frame that starts before the last one ended would step back: malformed, but limits stay monotone.
+    # A malformed frame that starts before the last one ended would make the limit fall; cummax keeps it monotone.
     kv_end = torch.where(inside, frame_end, index + 1).cummax(0).values
 
     # Content counts from the document's first content token; everything else from its own index.
@@ -41,7 +50,7 @@ def read(ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
     height = torch.where(content, first_content + SPACE_STRIDE * row, text)
     width = torch.where(content, first_content + SPACE_STRIDE * (offset - row * line), text)
     limits = RowLimits.from_kv(doc_start, kv_end, total)
-    return (
+    return Outputs(
         torch.stack([time, height, width]),
         content,
         torch.where(content, frame, -1),
@@ -53,13 +62,15 @@ def read(ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
 
 
 def _document_facts(cu_seqlens: Tensor, index: Tensor, frames: Tensor) -> list[Tensor]:
-    """int32 [T] each, of each token's document: its start and end, the stream's frames before it, and its first
-    content token counted inside it.
+    """Return four facts of each token's document, int32 [T] each.
+
+    They are the document's start, its end, the number of frames of the stream before it, and its first content token,
+    counted inside the document.
     """
     begin, end = cu_seqlens[:-1], cu_seqlens[1:]
     frames_before = torch.nn.functional.pad(frames, (1, 0))[begin]
     first_frame = torch.searchsorted(frames, frames_before, right=True, out_int32=True)
-    # cu_seqlens ends at T; where it does not, the last document's facts are still in bounds.
+    # cu_seqlens ends at T. Where it does not, clamping gives the tokens past its end the last document's facts.
     document = torch.searchsorted(end, index, right=True, out_int32=True).clamp_max_(len(end) - 1)
     facts = begin, end, frames_before, first_frame + FRAME_HEADER - begin
     return [fact.index_select(0, document) for fact in facts]

@@ -1,1 +1,4 @@
-from lumos_kernels.masked_sample.api import masked_sample as masked_sample
+from ..packages import share_namespace
+from .api import masked_sample as masked_sample
+
+share_namespace(masked_sample, __name__)

@@ -1,38 +1,31 @@
-"""masked_sample under torch.library: schema and fake; no gradient. Imports torch only.
-
-An implementation is a module of this folder with
-    forward(hidden_cond, hidden_uncond or None, weight, row_keys or None, guidance, temperature) -> classes, confidence
-where weight is the class slice in hidden's dtype, row_keys int64 [N, 2] are (seed, counter) and None asks for the
-argmax.
-"""
+"""masked_sample under torch.library: schema and fake; there is no gradient. Imports torch only."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
-from lumos_kernels import dispatch
-from lumos_kernels.dispatch import Problem, runs_anywhere
-from lumos_kernels.library_ops import define
-
-OP = dispatch.register(
-    "masked_sample",
-    "lumos_kernels.masked_sample",
-    {"triton": dispatch.runs_triton, "native": dispatch.runs_native, "reference": runs_anywhere},
-)
+from ..dispatch import Problem
+from ..registration import define
+from .contract import OP, Inputs, Outputs
 
 
-def _fake(hidden_cond, *rest):
+def _fake_forward(hidden_cond: Tensor, *_: Any) -> Outputs:
     rows = hidden_cond.shape[0]
-    return hidden_cond.new_empty(rows, dtype=torch.int64), hidden_cond.new_empty(rows, dtype=torch.float32)
+    return Outputs(hidden_cond.new_empty(rows, dtype=torch.int64), hidden_cond.new_empty(rows, dtype=torch.float32))
 
 
 @define(
-    "masked_sample(Tensor hidden_cond, Tensor? hidden_uncond, Tensor weight, Tensor? row_keys, int first, int last, "
-    "float guidance, float temperature, str impl) -> (Tensor, Tensor)",
-    _fake,
+    "masked_sample(Tensor hidden_cond, Tensor? hidden_uncond, Tensor weight, Tensor? row_keys, float guidance_scale, "
+    "float temperature, int first, int last, str impl) -> (Tensor, Tensor)",
+    _fake_forward,
 )
-def _forward(hidden_cond, hidden_uncond, weight, row_keys, first, last, guidance, temperature, impl):
+def _forward(hidden_cond: Tensor, hidden_uncond: Tensor | None, weight: Tensor, *rest: Any) -> Outputs:
+    row_keys, guidance_scale, temperature, first, last, impl = rest
     chosen = OP.choose(impl, Problem.of(hidden_cond))
-    classes = weight[first:last].to(hidden_cond.dtype)
-    ids, confidence = chosen.forward(hidden_cond, hidden_uncond, classes, row_keys, guidance, temperature)
-    return ids + first, confidence
+    class_slice = weight[first:last].to(hidden_cond.dtype)
+    inputs = Inputs(hidden_cond, hidden_uncond, class_slice, row_keys, guidance_scale, temperature)
+    classes, confidence = chosen.forward(inputs)
+    return Outputs(classes + first, confidence)

@@ -2,8 +2,8 @@
 
 Row i under key (seed, counter) draws, for column c, word c % 4 of philox(counter = (c // 4, counter lo, counter hi, 0),
 key = (seed lo, seed hi)). A word x becomes the uniform u = fp32(x) * 2^-32 + 2^-33, the exponential variate
-E = -log1p(-u) and the Gumbel variate -log(E). The latter is rounded to fp32 once: fp32 logarithms depend on the library
-and even on an element's place in its tensor, and a draw between near ties would then too.
+E = -log1p(-u) and the Gumbel variate -log(E). The Gumbel variate is computed in fp64 and rounded to fp32 once: fp32
+logarithms depend on the library and even on an element's place in its tensor, and so would a draw between near ties.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _LOW = 0xFFFFFFFF
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product of two unsigned 32-bit numbers held in int64 (which wraps, as wanted)."""
+    """Return the high and low 32 bits of the product of two unsigned 32-bit numbers held in int64, which wraps."""
     product = a * b
     return (product >> 32) & _LOW, product & _LOW
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four words from four counter words and two key words; all int64 tensors in [0, 2^32), broadcast together."""
+    """Return four words from four counter words and two key words: int64 tensors in [0, 2^32), broadcast together."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -36,7 +36,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
 
 
 def uniforms(row_keys: Tensor, columns: int) -> Tensor:
-    """fp32 [N, columns] in [2^-33, 1]. row_keys: int64 [N, 2], (seed, counter) of each row."""
+    """Return fp32 [N, columns] in [2^-33, 1]. row_keys: int64 [N, 2], (seed, counter) of each row."""
     seed, counter = row_keys[:, 0, None], row_keys[:, 1, None]
     groups = torch.arange(-(-columns // 4), device=row_keys.device)[None]
     zero = torch.zeros_like(groups)
@@ -46,10 +46,10 @@ def uniforms(row_keys: Tensor, columns: int) -> Tensor:
 
 
 def exponentials(row_keys: Tensor, columns: int) -> Tensor:
-    """fp32 [N, columns]: standard exponential variates, with the logarithm of fp32."""
+    """Return fp32 [N, columns], standard exponential variates, with the logarithm of fp32."""
     return -torch.log1p(-uniforms(row_keys, columns))
 
 
 def gumbels(row_keys: Tensor, columns: int) -> Tensor:
-    """fp32 [N, columns]: standard Gumbel variates, rounded once; -inf where u rounds to 1."""
+    """Return fp32 [N, columns], standard Gumbel variates, rounded once; -inf where u rounds to 1."""
     return uniforms(row_keys, columns).double().neg_().log1p_().neg_().log_().neg_().float()

@@ -1,48 +1,36 @@
-"""MM-RoPE in C++ (csrc/cpu/mm_rope_kernel.h), one pass over q and k. The contract is at the top of ops.py."""
+"""mm_rope in C++ (csrc/mm_rope), one pass over q and k."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lumos_kernels import _host, library
-
-Norm = tuple[Tensor, Tensor] | None
-
-
-def forward(
-    q: Tensor, k: Tensor, positions: Tensor, q_norm: Norm, k_norm: Norm, inv_freq: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.lumos_native.mm_rope_forward.default(
-        q, k, positions, *_fp32(q_norm), *_fp32(k_norm), inv_freq, eps, _host.ISA_VALUES[library.isa()]
-    )
+from .. import library
+from .contract import Gradients, Inputs, Norm, Rotated
 
 
-def backward(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    q_norm: Norm,
-    k_norm: Norm,
-    inv_freq: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Norm, Norm]:
-    norms = (*_fp32(q_norm), *_fp32(k_norm))
-    dq, dk, *dnorms = torch.ops.lumos_native.mm_rope_backward.default(
-        grad_q, grad_k, q, k, positions, *norms, inv_freq, eps, _host.ISA_VALUES[library.isa()]
-    )
-    return dq, dk, _like(q_norm, *dnorms[:2]), _like(k_norm, *dnorms[2:])
+def forward(inputs: Inputs) -> Rotated:
+    """Rotate q and k. contract.py says what comes in and goes out."""
+    return Rotated(*torch.ops.lumos_native.mm_rope_forward.default(*_arguments(inputs)))
 
 
-def _fp32(norm: Norm) -> tuple[Tensor | None, Tensor | None]:
-    """What the kernels read: fp32 and contiguous."""
+def backward(inputs: Inputs, grad: Rotated) -> Gradients:
+    """Return the gradients. The sums over tokens have one order, whatever the number of threads."""
+    dq, dk, *dnorms = torch.ops.lumos_native.mm_rope_backward.default(*grad, *_arguments(inputs))
+    return Gradients(dq, dk, _like(inputs.q_norm, *dnorms[:2]), _like(inputs.k_norm, *dnorms[2:]))
+
+
+def _arguments(inputs: Inputs) -> tuple[object, ...]:
+    q, k, positions, q_norm, k_norm, inv_freq, eps = inputs
+    return q, k, positions, *_fp32(q_norm), *_fp32(k_norm), inv_freq, eps, library.isa_value()
+
+
+def _fp32(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the norm as the kernels read it: fp32 and contiguous."""
     if norm is None:
         return None, None
-    weight, bias = norm
-    return weight.float().contiguous(), bias.float().contiguous()
+    return norm.weight.float().contiguous(), norm.bias.float().contiguous()
 
 
-def _like(norm: Norm, dweight: Tensor, dbias: Tensor) -> Norm:
-    return None if norm is None else (dweight.to(norm[0].dtype), dbias.to(norm[1].dtype))
+def _like(norm: Norm | None, dweight: Tensor, dbias: Tensor) -> Norm | None:
+    return None if norm is None else Norm(dweight.to(norm.weight.dtype), dbias.to(norm.bias.dtype))

@@ -193,7 +193,7 @@ def _masked_sample(size: Size, device: str, dtype: torch.dtype, seed: int) -> Ex
         "hidden_uncond": draw(rows, size.hidden),
         "weight": draw(size.vocab, size.hidden, std=0.02),
         "classes": size.classes,
-        "guidance": 3.0,
+        "guidance_scale": 3.0,
         "temperature": 0.9,
         "row_keys": torch.stack([torch.full((rows,), 2**40 + seed), torch.arange(rows)], 1).to(device),
     }

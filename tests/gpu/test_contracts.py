@@ -228,6 +228,6 @@ def test_sample_past_int32_offsets(op, impl, device):
     hidden = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
     assert hidden.numel() > 2**31
     keys = torch.stack([torch.full((rows,), 7), torch.arange(rows)], 1).to(device)
-    one = one.replace(hidden_cond=hidden, hidden_uncond=None, guidance=None, row_keys=keys)
+    one = one.replace(hidden_cond=hidden, hidden_uncond=None, guidance_scale=None, row_keys=keys)
     part = one.replace(hidden_cond=hidden[-last:], row_keys=keys[-last:])
     assert_same([x[-last:] for x in one.call(impl)], part.call(impl))

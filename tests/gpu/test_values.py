@@ -93,7 +93,7 @@ def test_loss_is_as_close_to_fp64_as_the_official_way(op, impl, size, device):
     assert int((ours[3] != exact[3]).sum()) <= 2
 
 
-def _eager_rows(one, z_loss=0.0):
+def _eager_rows(one, z_loss_weight=0.0):
     """Row losses, nll and lse [T] from logits rounded to the dtype of hidden, as a model's lm_head gives them."""
     first, last = one.args["classes"]
     rows = one.args["rows"].long()
@@ -101,17 +101,17 @@ def _eager_rows(one, z_loss=0.0):
     lse = logits.logsumexp(1)
     nll = lse - logits.gather(1, one.args["labels"][rows, None] - first)[:, 0]
     spread = nll.new_zeros(len(one.args["labels"]))
-    return [spread.index_put((rows,), x) for x in (nll + z_loss * lse.square(), nll, lse)]
+    return [spread.index_put((rows,), x) for x in (nll + z_loss_weight * lse.square(), nll, lse)]
 
 
 @pytest.mark.ops("tube_masked_loss")
 def test_row_losses_and_z_loss(op, impl, device):
     one = example(op, SIZES[0], device)
     rows = one.args["labels"].shape[0]
-    one = one.replace(reduction="none", z_loss=1e-3, upstream=[torch.randn(rows, device=device)])
+    one = one.replace(reduction="none", z_loss_weight=1e-3, upstream=[torch.randn(rows, device=device)])
     names = ("loss", "nll", "lse", "dhidden", "dweight")
     leaves = [one.args[name].clone().requires_grad_() for name in one.leaves]
-    low = _eager_rows(one.replace(**dict(zip(one.leaves, leaves, strict=True))), z_loss=1e-3)
+    low = _eager_rows(one.replace(**dict(zip(one.leaves, leaves, strict=True))), z_loss_weight=1e-3)
     low = [*(x.detach() for x in low), *torch.autograd.grad(low[0], leaves, one.upstream)]
     ours, high = one.with_gradients(impl), one.to(torch.float64).with_gradients("reference")
     compare(names, *([r[0], r[1], r[2], r[4], r[5]] for r in (ours,)), low, [*high[:3], *high[4:]])
@@ -122,7 +122,7 @@ def _scores(one):
     first, last = one.args["classes"]
     weight = one.args["weight"][first:last]
     cond, uncond = one.args["hidden_cond"] @ weight.T, one.args["hidden_uncond"] @ weight.T
-    logits = (uncond + one.args["guidance"] * (cond - uncond)) / one.args["temperature"]
+    logits = (uncond + one.args["guidance_scale"] * (cond - uncond)) / one.args["temperature"]
     return logits, logits - exponentials(one.args["row_keys"], last - first).log()
 
 

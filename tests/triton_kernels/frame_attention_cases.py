@@ -45,7 +45,24 @@ def as_on(arch: str = "sm_90", fused: bool = False, config: configs.Config | Non
 
 
 # Tiles so large that the interpreter gets through a real frame.
-LARGE = {"descriptors": configs.Config(128, 256, 4, 1, True), "pointers": configs.Config(128, 256, 4, 1, False)}
+
+
+def fields(block_m, block_n, num_warps, num_stages, descriptors) -> dict:
+    """The fields of a configuration, as the tuner's table has them."""
+    return {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "block_m": block_m,
+        "block_n": block_n,
+        "descriptors": descriptors,
+    }
+
+
+def config(*sizes) -> configs.Config:
+    return configs.Config(**fields(*sizes))
+
+
+LARGE = {"descriptors": config(128, 256, 4, 1, True), "pointers": config(128, 256, 4, 1, False)}
 
 
 def limits_of(*documents) -> RowLimits:

@@ -13,12 +13,15 @@ from frame_attention_cases import (
     INTERPRETED,
     SMALL,
     as_on,
+    config,
+    fields,
     leaves_of,
     limits_of,
 )
 
 from lumos_kernels import Frame, Text, dispatch
 from lumos_kernels.dispatch import Problem
+from lumos_kernels.frame_attention.contract import Inputs
 from lumos_kernels.frame_attention.triton import configs, primitives, tune
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -81,8 +84,8 @@ def test_every_kernel_has_a_configuration_everywhere_and_measured_ones_come_firs
     q = torch.empty(1, 1, 64, dtype=BF16, device=device)
     with as_on("sm_90"):
         assert configs.choose("dq", q) == configs.DEFAULTS["dq", "sm_90"][64]
-        with mock.patch.object(configs.tuned, "CONFIGS", {("dq", "sm_90", 64): (64, 64, 4, 3, False)}):
-            assert configs.choose("dq", q) == configs.Config(64, 64, 4, 3, False)
+        with mock.patch.object(configs.tuned, "CONFIGS", {("dq", "sm_90", 64): fields(64, 64, 4, 3, False)}):
+            assert configs.choose("dq", q) == config(64, 64, 4, 3, False)
             assert configs.choose("dkdv", q) == configs.DEFAULTS["dkdv", "sm_90"][64]
             assert configs.choose("dq", q.float()) == configs.FP32
     for arch, family in {"sm_86": "sm_80", "sm_90": "sm_90", "sm_103": "sm_100", "sm_120": "sm_80"}.items():
@@ -124,13 +127,13 @@ def test_the_tuner_takes_the_fastest_right_configuration():
     times = {("forward", c): t for c, t in zip(others, (0.5, 0.6, 0.7, 0.8, 0.99), strict=False)}
     wrong = {others[0]: RuntimeError("out of resource: shared memory\nmore"), others[1]: None}
     entries, fused, lines = tuning(times, wrong, [subject])
-    assert entries == {**configs.tuned.CONFIGS, ("forward", "sm_90", 64): tuple(others[2])}
+    assert entries == {**configs.tuned.CONFIGS, ("forward", "sm_90", 64): tune.fields_of(others[2])}
     assert fused == configs.tuned.FUSED_BACKWARD
     assert f"    refused {others[0]}: RuntimeError: out of resource: shared memory" in lines
     assert f"    refused {others[1]}: wrong result" in lines
     # 1 % is not enough to leave the default
     entries, _, _ = tuning({("forward", others[4]): 0.99}, {}, [subject])
-    assert entries["forward", "sm_90", 64] == tuple(default)
+    assert entries["forward", "sm_90", 64] == tune.fields_of(default)
 
 
 @pytest.mark.parametrize("seconds", [0.5, 0.99])
@@ -142,9 +145,9 @@ def test_the_tuner_fuses_the_backward_where_it_is_faster(seconds):
 
 
 def test_the_tuner_stops_in_time_and_keeps_what_it_did_not_reach():
-    with mock.patch.object(configs.tuned, "CONFIGS", {("dq", "sm_80", 64): (64, 64, 4, 1, False)}):
+    with mock.patch.object(configs.tuned, "CONFIGS", {("dq", "sm_80", 64): fields(64, 64, 4, 1, False)}):
         entries, _, lines = tuning({}, minutes=0.0)
-    assert entries == {("dq", "sm_80", 64): (64, 64, 4, 1, False)}
+    assert entries == {("dq", "sm_80", 64): fields(64, 64, 4, 1, False)}
     assert lines == ["time is up: 16 of 16 keep their entries"]
 
 
@@ -157,7 +160,7 @@ def test_the_tuner_leaves_a_kernel_when_its_share_of_the_time_is_up():
 
 
 def test_the_tuners_table_reads_back():
-    entries = {("forward", "sm_90", 64): (128, 128, 4, 2, True), ("dq", "sm_80", 32): (64, 32, 4, 2, False)}
+    entries = {("forward", "sm_90", 64): fields(128, 128, 4, 2, True), ("dq", "sm_80", 32): fields(64, 32, 4, 2, False)}
     for fused in (frozenset(), frozenset({("sm_90", 64), ("sm_90", 128)})):
         read: dict = {}
         exec(tune.source(entries, fused, "Last run: nowhere."), read)
@@ -169,14 +172,14 @@ def test_the_tuner_runs_the_kernels_it_measures(device):
     """On small inputs: a result of each kernel, in a configuration that is not its default."""
     limits = SMALL.to(device)
     q, k, v = leaves_of(SMALL, (2, 1), 32, BF16, device)
-    data = tune.Inputs(q, k, v, torch.randn_like(q), limits)
+    data = tune.Data(Inputs(q, k, v, limits, 32**-0.5), torch.randn_like(q))
     for kernel in configs.KERNELS:
         subject = tune.Subject(kernel, tune.Shape(32, 2, 1))
-        config = configs.Config(64, 64, 4, 2, False)
+        other = config(64, 64, 4, 2, False)
         call = tune.runner(subject, data)
         expected = call()
-        with tune.using(subject, config):
-            assert configs.choose(kernel, q) == config
+        with tune.using(subject, other):
+            assert configs.choose(kernel, q) == other
             assert tune.agrees(call(), expected)
 
 

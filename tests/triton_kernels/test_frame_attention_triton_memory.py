@@ -22,6 +22,7 @@ from frame_attention_cases import (
     as_on,
     assert_same_bits,
     check,
+    fields,
     keyless,
     leaves_of,
     limits_kv,
@@ -34,8 +35,9 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from lumos_kernels import RowLimits, Text, checks
+from lumos_kernels import RowLimits, Text, tensors
 from lumos_kernels.frame_attention import triton as kernels
+from lumos_kernels.frame_attention.contract import Inputs, OutputGradients
 from lumos_kernels.frame_attention.triton import configs
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -66,7 +68,7 @@ def test_strides(layout, arch, device):
 @pytest.mark.skipif(ARCHS == ("sm_80",), reason="there are no descriptors on this GPU")
 def test_one_kernel_may_load_by_pointers_and_the_next_by_descriptors(device):
     leaves = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in leaves_of(SMALL, (2, 1), 32, BF16, device)]
-    with as_on("sm_90"), mock.patch.dict(configs.tuned.CONFIGS, {("dkdv", "sm_90", 32): (64, 64, 4, 2, False)}):
+    with as_on("sm_90"), mock.patch.dict(configs.tuned.CONFIGS, {("dkdv", "sm_90", 32): fields(64, 64, 4, 2, False)}):
         assert not configs.choose("dkdv", leaves[0]).descriptors
         assert configs.choose("dq", leaves[0]).descriptors
         check(leaves, SMALL, upstream_of(leaves))
@@ -82,9 +84,10 @@ def test_limits_with_strides(device):
 def direct(leaves, limits, upstream, deterministic=True) -> list[Tensor]:
     """o, lse and the gradients, called without torch.library between."""
     limits = limits.to(leaves[0].device)
-    o, lse = kernels.forward(*leaves, limits, 0.2)
-    of_o, of_lse = upstream
-    return [o, lse, *kernels.backward(of_o, of_lse, *leaves, o, lse, limits, 0.2, deterministic)]
+    inputs = Inputs(*leaves, limits, 0.2)
+    outputs = kernels.forward(inputs)
+    gradients = kernels.backward(inputs, outputs, OutputGradients(*upstream), deterministic=deterministic)
+    return [*outputs, *gradients]
 
 
 GUARDED = [
@@ -119,7 +122,7 @@ def test_64_bit_offsets_give_the_same_bits(arch, fused, device):
 
     with as_on(arch, fused):
         expected = direct(leaves, SMALL, upstream, deterministic=not fused)
-        with mock.patch.object(checks, "needs_int64_offsets", always):
+        with mock.patch.object(tensors, "needs_int64_offsets", always):
             actual = direct(leaves, SMALL, upstream, deterministic=not fused)
     if INTERPRETED or not fused:
         assert_same_bits(actual, expected)
@@ -130,8 +133,8 @@ def test_64_bit_offsets_give_the_same_bits(arch, fused, device):
     keys = (q, k, v, of_o, dk, dv)
     wanted = [(q, k, v, o, lse), (of_o, o, lse, of_lse), *([keys, (dq,)] if fused else [keys, (q, k, v, of_o, dq)])]
     assert len(asked) == len(wanted)
-    for tensors, seen in zip(wanted, asked, strict=True):
-        assert {x.data_ptr() for x in tensors} <= {x.data_ptr() for x in seen}
+    for used, seen in zip(wanted, asked, strict=True):
+        assert {x.data_ptr() for x in used} <= {x.data_ptr() for x in seen}
 
 
 def test_the_deterministic_backward_is_taken_unless_the_fused_one_is_measured_faster(device):

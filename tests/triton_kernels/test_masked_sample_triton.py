@@ -18,6 +18,7 @@ from torch import Tensor
 from lumos_kernels import masked_sample
 from lumos_kernels.masked_sample import philox
 from lumos_kernels.masked_sample import triton as kernels
+from lumos_kernels.masked_sample.contract import Inputs
 from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_reference
 
 pytestmark = [] if os.environ.get("TRITON_INTERPRET") == "1" else [pytest.mark.gpu]
@@ -30,7 +31,7 @@ KEYS = [[0, 0], [2**63 - 1, 5], [3, 2**40 + 9], [-1, -2], [7, 0], [7, 1], [2**32
 @pytest.fixture
 def small_blocks(monkeypatch):
     """256 classes at once."""
-    monkeypatch.setattr(kernels, "SAMPLE", kernels.Config(256, 1))
+    monkeypatch.setattr(kernels, "SAMPLE", kernels.RowConfig(block=256, num_warps=1))
 
 
 @pytest.fixture
@@ -51,7 +52,18 @@ def problem(device, classes=700, rows=8, width=24, dtype=torch.float32, scale=2.
 def sample(inputs, impl="triton", greedy=False, guidance=None, temperature=1.0):
     cond, uncond, weight, keys = inputs
     classes, keys = (FIRST, len(weight) - BEHIND), None if greedy else keys
-    return masked_sample(cond, uncond, weight, classes, guidance, temperature, None, greedy, keys, impl)
+    return masked_sample(
+        cond,
+        uncond,
+        weight,
+        classes=classes,
+        guidance_scale=guidance,
+        temperature=temperature,
+        generator=None,
+        greedy=greedy,
+        row_keys=keys,
+        impl=impl,
+    )
 
 
 def exact_logits(inputs, guidance=None, temperature=1.0) -> Tensor:
@@ -171,8 +183,8 @@ def test_writes_every_element_and_nothing_around(guidance, device, guarded_alloc
     cond, uncond, weight, keys = problem(device, 299, rows=6)
     uncond = None if guidance is None else uncond
     with guarded_allocations():
-        first = kernels.forward(cond, uncond, weight, keys, guidance or 1.0, 1.0)
-    second = kernels.forward(cond, uncond, weight, keys, guidance or 1.0, 1.0)
+        first = kernels.forward(Inputs(cond, uncond, weight, keys, guidance or 1.0, 1.0))
+    second = kernels.forward(Inputs(cond, uncond, weight, keys, guidance or 1.0, 1.0))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 

@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumos_kernels import checks
+from lumos_kernels import tensors
 from lumos_kernels.mm_rope import triton as kernels
 from lumos_kernels.mm_rope.api import mm_rope
-from lumos_kernels.mm_rope.common import AXES, inverse_frequencies
+from lumos_kernels.mm_rope.contract import Inputs, Norm, Rotated
+from lumos_kernels.mm_rope.frequencies import AXES, inverse_frequencies
+from lumos_kernels.mm_rope.triton import configs, primitives
 from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_reference, awkward_gradients
 
 pytestmark = [] if os.environ.get("TRITON_INTERPRET") == "1" else [pytest.mark.gpu]
@@ -141,13 +143,13 @@ def test_no_query_heads_or_no_key_heads(device):
 def test_several_blocks_of_tokens_in_a_split(device):
     """7 blocks in at most 2 splits: 4 and 3."""
     arguments = Problem(torch.float32, 64, 100, 2, 1).make(device)
-    with mock.patch.object(kernels, "MAX_SPLITS", 2):
+    with mock.patch.object(configs, "MAX_SPLITS", 2):
         assert_matches_reference(arguments, upstream(arguments))
 
 
 def test_second_stage_walks_over_more_partials_than_a_tile(device):
     arguments = Problem(torch.float32, 64, 65, 9, 1).make(device)  # 10 partials for q, 5 for k
-    with mock.patch.object(kernels, "SUM_PARTIALS", 4):
+    with mock.patch.object(configs, "SUM_PARTIALS", 4):
         assert_matches_reference(arguments, upstream(arguments))
 
 
@@ -225,8 +227,10 @@ def direct(arguments: dict, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Everything that the implementation returns, called without torch.library between."""
     q, k, positions, q_norm, k_norm = arguments.values()
     frequencies = inverse_frequencies(10000.0, q.shape[-1], q.device)
-    outputs = kernels.forward(q, k, positions, q_norm, k_norm, frequencies, 1e-5)
-    dq, dk, *dnorms = kernels.backward(*grads, q, k, positions, q_norm, k_norm, frequencies, 1e-5)
+    norms = (None if norm is None else Norm(*norm) for norm in (q_norm, k_norm))
+    inputs = Inputs(q, k, positions, *norms, frequencies, 1e-5)
+    outputs = kernels.forward(inputs)
+    dq, dk, *dnorms = kernels.backward(inputs, Rotated(*grads))
     return [*outputs, dq, dk, *(p for norm in dnorms if norm is not None for p in norm)]
 
 
@@ -257,14 +261,14 @@ def test_64_bit_offsets_give_the_same_bits(dtype, device):
         asked.append({id(x) for x in tensors})
         return True
 
-    with mock.patch.object(checks, "needs_int64_offsets", always):
+    with mock.patch.object(tensors, "needs_int64_offsets", always):
         for actual, wanted in zip(direct(arguments, grads), expected, strict=True):
             assert_bitwise_equal(actual, wanted)
     q, k = arguments["q"], arguments["k"]
     assert len(asked) == 2
-    for tensors, seen in zip(([q, k], [q, k, *grads]), asked, strict=True):
-        assert {id(x) for x in tensors} <= seen
-        assert len(seen) == len(tensors) + 3  # positions and both outputs
+    for used, seen in zip(([q, k], [q, k, *grads]), asked, strict=True):
+        assert {id(x) for x in used} <= seen
+        assert len(seen) == len(used) + 3  # positions and both outputs
 
 
 def test_deterministic(device):
@@ -278,7 +282,7 @@ def test_deterministic(device):
 @triton.jit
 def _cos_sin_kernel(angle_ptr, cos_ptr, sin_ptr, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
-    cos, sin = kernels._cos_sin(tl.load(angle_ptr + i))
+    cos, sin = primitives.cos_sin(tl.load(angle_ptr + i))
     tl.store(cos_ptr + i, cos)
     tl.store(sin_ptr + i, sin)
 

@@ -1,4 +1,9 @@
-"""frame_attention in Triton. ops.py has the contract, docs/kernels.md how it works."""
+"""frame_attention in Triton: compiled for sm_80, sm_90 and sm_100, run in the interpreter, not yet run on a GPU.
 
-from lumos_kernels.frame_attention.triton.backward import backward as backward
-from lumos_kernels.frame_attention.triton.forward import forward as forward
+docs/kernels.md says how it works.
+"""
+
+from __future__ import annotations
+
+from .backward import backward as backward
+from .forward import forward as forward

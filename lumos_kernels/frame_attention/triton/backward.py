@@ -1,58 +1,76 @@
-"""The backward pass. With p the probabilities: dv = p^T do; dp = do v^T; ds = p * (dp - delta), where
-delta = rowsum(do * o) - dlse; dq = scale ds k; dk = scale ds^T q.
+"""The backward pass. With p the probabilities and do, dlse the gradients that arrive,
+    dv = p^T do,   dp = do v^T,   delta = rowsum(do * o) - dlse,   ds = p * (dp - delta),
+    dq = scale ds k,   dk = scale ds^T q.
 
-Deterministic: one kernel owns key tiles and makes dk and dv, one owns query tiles and makes dq; both recompute s and
-dp, which is 7 matmuls. Fused: the first kernel also adds its part of dq to fp32 memory, 5 matmuls, in an order that
-differs from run to run. Either way a key tile's program walks over all query heads of its kv head, so dk and dv need
-no atomics.
+Deterministic: one kernel owns key tiles and makes dk and dv, another owns query tiles and makes dq. Both recompute s
+and dp, which is 7 matmuls. Fused: the first kernel also adds its part of dq to fp32 memory, which is 5 matmuls, in an
+order that differs from run to run. Either way the program of a key tile walks over all query heads of its kv head, so
+dk and dv need no atomics.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumos_kernels import checks
-from lumos_kernels.frame_attention.triton import configs
-from lumos_kernels.frame_attention.triton.primitives import (
+from ... import kernel_types as kt
+from ... import tensors
+from ...layout import RowLimits
+from ..contract import Gradients, Inputs, OutputGradients, Outputs
+from . import configs
+from .primitives import (
     LOG2_E,
     MAX_BLOCK,
     describable,
+    head_offset,
     heads_per_section,
     load_tile,
+    padded_head_dim,
     pointer_tile,
     row_limits,
-    statistics,
     store_tile,
     tile_bounds,
     work_item,
 )
-from lumos_kernels.layout import RowLimits
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
-ROUND_BLOCK = 1024  # elements of dq that a program of the fused backward's last step rounds
+ROUND_BLOCK = 1024  # elements of dq that a program of _round_kernel takes
 
 
 @triton.jit(do_not_specialize=["queries", "padded"])
 def _delta_kernel(
-    grad_o, o, lse_ptr, grad_lse_ptr, statistics_ptr, grad_o_strides, o_strides, grad_lse_strides,
-    queries, padded, heads,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK: tl.constexpr, INT64: tl.constexpr,
-):  # fmt: skip
-    """statistics fp32 [2, H, padded]: lse in base 2, then delta.
+    grad_o: kt.Pointer,
+    o: kt.Pointer,
+    lse_ptr: kt.Pointer,
+    grad_lse_ptr: kt.Pointer,
+    statistics_ptr: kt.Pointer,
+    grad_o_strides: kt.Scalar,
+    o_strides: kt.Scalar,
+    grad_lse_strides: kt.Scalar,
+    queries: kt.Scalar,
+    padded: kt.Scalar,
+    heads: kt.Scalar,
+    D: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INT64: tl.constexpr,
+) -> None:
+    """Write the statistics fp32 [2, H, padded]: lse in base 2, then delta.
 
-    A row without keys and the rows past the end get lse = +inf and delta = 0: the loops load both without a mask, and
-    p = exp2(s - inf) is 0 even before it is masked.
+    The loops load both without a mask. So a row without keys and the rows past the last one get lse = +inf and
+    delta = 0: p = exp2(s - inf) is 0 even before it is masked.
     """
     first, head = tl.program_id(0) * BLOCK, tl.program_id(1)
     do = load_tile(grad_o, grad_o_strides, first, head, queries, D, BLOCK, PADDED_D, False, INT64)
     out = load_tile(o, o_strides, first, head, queries, D, BLOCK, PADDED_D, False, INT64)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     row = first + tl.arange(0, BLOCK)
-    lse = tl.load(lse_ptr + statistics(head, queries, INT64) + row, mask=row < queries, other=float("-inf"))
+    lse = tl.load(lse_ptr + head_offset(head, queries, INT64) + row, mask=row < queries, other=float("-inf"))
     if grad_lse_ptr is not None:
         if INT64:
             row_64, head_64 = row.to(tl.int64), head.to(tl.int64)
@@ -61,38 +79,38 @@ def _delta_kernel(
             offset = head * grad_lse_strides[0] + row * grad_lse_strides[1]
         delta -= tl.load(grad_lse_ptr + offset, mask=row < queries, other=0.0)
     keyless = lse == float("-inf")
-    at = statistics_ptr + statistics(head, padded, INT64) + row
+    at = statistics_ptr + head_offset(head, padded, INT64) + row
     tl.store(at, tl.where(keyless, float("inf"), lse * _LOG2_E))
-    tl.store(at + statistics(heads, padded, INT64), tl.where(keyless, 0.0, delta))
+    tl.store(at + head_offset(heads, padded, INT64), tl.where(keyless, 0.0, delta))
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "padded", "per_section"])
 def _key_kernel(
-    q,
-    k,
-    v,
-    grad_o,
-    dk,
-    dv,
-    dq,
-    statistics_ptr,
-    q_start_ptr,
-    q_end_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    grad_o_strides,
-    dk_strides,
-    dv_strides,
-    dq_strides,
-    queries,
-    padded,
-    keys,
-    kv_heads,
-    group,
-    per_section,
-    scale,
-    scale_log2,
+    q: kt.Descriptor,
+    k: kt.Descriptor,
+    v: kt.Descriptor,
+    grad_o: kt.Descriptor,
+    dk: kt.Descriptor,
+    dv: kt.Descriptor,
+    dq: kt.Descriptor,
+    statistics_ptr: kt.Pointer,
+    q_start_ptr: kt.Pointer,
+    q_end_ptr: kt.Pointer,
+    q_strides: kt.Scalar,
+    k_strides: kt.Scalar,
+    v_strides: kt.Scalar,
+    grad_o_strides: kt.Scalar,
+    dk_strides: kt.Scalar,
+    dv_strides: kt.Scalar,
+    dq_strides: kt.Scalar,
+    queries: kt.Scalar,
+    padded: kt.Scalar,
+    keys: kt.Scalar,
+    kv_heads: kt.Scalar,
+    group: kt.Scalar,
+    per_section: kt.Scalar,
+    scale: kt.Scalar,
+    scale_log2: kt.Scalar,
     D: tl.constexpr,
     PADDED_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -101,8 +119,8 @@ def _key_kernel(
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
     FUSED: tl.constexpr,
-):
-    """dk and dv of a key tile; FUSED: also its part of dq, added to fp32 memory.
+) -> None:
+    """Write dk and dv of a key tile. FUSED: also add the tile's part of dq to fp32 memory.
 
     Everything is transposed, keys x queries: p and ds come out of their matmuls as the left operands of dv and dk, and
     go into them from registers.
@@ -110,15 +128,17 @@ def _key_kernel(
     tile, kv_head = work_item(tl.program_id(0), tl.cdiv(keys, BLOCK_N), kv_heads, per_section)
     first = tile * BLOCK_N  # heaviest first: the first keys of a video are seen by the most queries
     low, high, inner_low, inner_high = tile_bounds(q_start_ptr, q_end_ptr, first, keys, BLOCK_N, BLOCK_M)
-    if first + BLOCK_N > keys:  # rows past the last key must not reach dq: 0 * exp2(-lse) may be 0 * inf
+    # Rows past the last key must not reach dq, and their p = exp2(0 - lse) may be infinite. A tile with such rows masks
+    # all its pairs: it counts no tile of queries as whole.
+    if first + BLOCK_N > keys:
         inner_high = inner_low
     k_tile = load_tile(k, k_strides, first, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
     v_tile = load_tile(v, v_strides, first, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
     dk_sum = tl.zeros([BLOCK_N, PADDED_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, PADDED_D], tl.float32)
     for head in range(kv_head * group, (kv_head + 1) * group):
-        lse_ptr = statistics_ptr + statistics(head, padded, INT64)
-        delta_ptr = lse_ptr + statistics(kv_heads * group, padded, INT64)
+        lse_ptr = statistics_ptr + head_offset(head, padded, INT64)
+        delta_ptr = lse_ptr + head_offset(kv_heads * group, padded, INT64)
         for i in tl.range(low, high, BLOCK_M):
             q_tile = load_tile(q, q_strides, i, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
             do = load_tile(grad_o, grad_o_strides, i, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
@@ -126,12 +146,13 @@ def _key_kernel(
             lse = tl.load(lse_ptr + row)
             delta = tl.load(delta_ptr + row)
             s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
-            # dp - delta: delta as the matmul's initial sum costs no registers beside it, and spills nothing.
+            # dp - delta, with -delta as the initial sum of the matmul: that costs no registers and spills nothing.
             dp = tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M))
             dp = tl.dot(v_tile, do.T, dp, input_precision=PRECISION)
             p = tl.exp2(s * scale_log2 - lse[None, :])
             if (i < inner_low) | (i >= inner_high):
-                start, end = row_limits(q_start_ptr, q_end_ptr, first, keys, BLOCK_N)  # here: registers are scarce
+                # Loaded here and not before the loop, because registers are scarce.
+                start, end = row_limits(q_start_ptr, q_end_ptr, first, keys, BLOCK_N)
                 p = tl.where((row[None, :] >= start[:, None]) & (row[None, :] < end[:, None]), p, 0.0)
             dv_sum = tl.dot(p.to(do.dtype), do, dv_sum, input_precision=PRECISION)
             ds = (p * dp).to(q_tile.dtype)
@@ -147,9 +168,10 @@ def _key_kernel(
 
 @triton.jit
 def _add_dq(
-    dq, strides, value, first, head, rows, D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr,
-    RANK: tl.constexpr, INT64: tl.constexpr,
-):  # fmt: skip
+    dq: kt.Descriptor, strides: kt.Scalar, value: kt.Block, first: kt.Scalar, head: kt.Scalar, rows: kt.Scalar,
+    D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr, RANK: tl.constexpr, INT64: tl.constexpr,
+) -> None:  # fmt: skip
+    """Add a tile of fp32 values to dq."""
     if RANK == 2:
         dq.atomic_add([first, head * D], value)
     elif RANK == 3:
@@ -161,27 +183,27 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=["queries", "keys", "padded", "per_section"])
 def _query_kernel(
-    q,
-    k,
-    v,
-    grad_o,
-    dq,
-    statistics_ptr,
-    kv_start_ptr,
-    kv_end_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    grad_o_strides,
-    dq_strides,
-    queries,
-    padded,
-    keys,
-    heads,
-    group,
-    per_section,
-    scale,
-    scale_log2,
+    q: kt.Descriptor,
+    k: kt.Descriptor,
+    v: kt.Descriptor,
+    grad_o: kt.Descriptor,
+    dq: kt.Descriptor,
+    statistics_ptr: kt.Pointer,
+    kv_start_ptr: kt.Pointer,
+    kv_end_ptr: kt.Pointer,
+    q_strides: kt.Scalar,
+    k_strides: kt.Scalar,
+    v_strides: kt.Scalar,
+    grad_o_strides: kt.Scalar,
+    dq_strides: kt.Scalar,
+    queries: kt.Scalar,
+    padded: kt.Scalar,
+    keys: kt.Scalar,
+    heads: kt.Scalar,
+    group: kt.Scalar,
+    per_section: kt.Scalar,
+    scale: kt.Scalar,
+    scale_log2: kt.Scalar,
     D: tl.constexpr,
     PADDED_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -189,8 +211,8 @@ def _query_kernel(
     RANK: tl.constexpr,
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
-):
-    """dq of a query tile and head."""
+) -> None:
+    """Write dq of a query tile and head."""
     tiles = tl.cdiv(queries, BLOCK_M)
     tile, head = work_item(tl.program_id(0), tiles, heads, per_section)
     first = (tiles - 1 - tile) * BLOCK_M
@@ -198,9 +220,9 @@ def _query_kernel(
     start, end = row_limits(kv_start_ptr, kv_end_ptr, first, queries, BLOCK_M)
     q_tile = load_tile(q, q_strides, first, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
     do = load_tile(grad_o, grad_o_strides, first, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
-    at = statistics_ptr + statistics(head, padded, INT64) + first + tl.arange(0, BLOCK_M)
+    at = statistics_ptr + head_offset(head, padded, INT64) + first + tl.arange(0, BLOCK_M)
     lse = tl.load(at)[:, None]
-    delta = tl.load(at + statistics(heads, padded, INT64))[:, None]
+    delta = tl.load(at + head_offset(heads, padded, INT64))[:, None]
     kv_head = head // group
     dq_sum = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
     for j in tl.range(low, high, BLOCK_N):
@@ -218,131 +240,151 @@ def _query_kernel(
 
 
 @triton.jit(do_not_specialize=["elements"])
-def _round_kernel(sum_ptr, out_ptr, scale, elements, BLOCK: tl.constexpr, INT64: tl.constexpr):
-    """out = sum * scale, rounded: the fused backward's dq."""
+def _round_kernel(
+    sum_ptr: kt.Pointer,
+    out_ptr: kt.Pointer,
+    scale: kt.Scalar,
+    elements: kt.Scalar,
+    BLOCK: tl.constexpr,
+    INT64: tl.constexpr,
+) -> None:
+    """Write out = sum * scale, rounded to out's dtype: the dq of the fused backward."""
     at = tl.program_id(0).to(tl.int64) * BLOCK if INT64 else tl.program_id(0) * BLOCK
     at += tl.arange(0, BLOCK)
     total = tl.load(sum_ptr + at, mask=at < elements)
     tl.store(out_ptr + at, (total * scale).to(out_ptr.dtype.element_ty), mask=at < elements)
 
 
-def _statistics(grad_o: Tensor, grad_lse: Tensor | None, o: Tensor, lse: Tensor) -> Tensor:
-    """fp32 [2, H, padded], see _delta_kernel. One launch; every element is written."""
+class _Operands(NamedTuple):
+    """What every kernel after the first one reads."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad_o: Tensor
+    statistics: Tensor  # fp32 [2, H, padded], by _delta_kernel
+    limits: RowLimits
+    scale: float
+
+
+def _statistics(outputs: Outputs, grad: OutputGradients) -> Tensor:
+    """Return fp32 [2, H, padded], see _delta_kernel. One launch; every element is written."""
+    o, lse = outputs
     queries, heads, head_dim = o.shape
     padded = triton.cdiv(queries, MAX_BLOCK) * MAX_BLOCK
     result = torch.empty((2, heads, padded), dtype=torch.float32, device=o.device)
-    tensors = grad_o, o, lse, result, *(() if grad_lse is None else (grad_lse,))
+    read_or_written = grad.o, o, lse, result, *(() if grad.lse is None else (grad.lse,))
     _delta_kernel[(padded // MAX_BLOCK, heads)](
-        grad_o,
+        grad.o,
         o,
         lse,
-        grad_lse,
+        grad.lse,
         result,
-        grad_o.stride()[:2],
+        grad.o.stride()[:2],
         o.stride()[:2],
-        (0, 0) if grad_lse is None else grad_lse.stride(),
+        (0, 0) if grad.lse is None else grad.lse.stride(),
         queries,
         padded,
         heads,
         D=head_dim,
-        PADDED_D=configs.padded_head_dim(head_dim),
+        PADDED_D=padded_head_dim(head_dim),
         BLOCK=MAX_BLOCK,
-        INT64=checks.needs_int64_offsets(*tensors),
+        INT64=tensors.needs_int64_offsets(*read_or_written),
         num_warps=8,
     )
     return result
 
 
-def backward(
-    grad_o: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    limits: RowLimits,
-    scale: float,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See ops.py. Three launches (fused: two, a memset and one that rounds dq); nothing waits for the GPU."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+def backward(inputs: Inputs, outputs: Outputs, grad: OutputGradients, *, deterministic: bool) -> Gradients:
+    """Return the gradients in three launches; the fused one takes two, a memset, and one that rounds dq.
+
+    Nothing waits for the GPU.
+    """
+    q, k, v, limits, scale = inputs
+    result = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
     if not q.numel() or not k.numel():
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return Gradients(*(x.zero_() for x in result))
     fused = not deterministic and configs.fuses_backward(q)
-    with checks.device_guard(q):
-        stats = _statistics(grad_o, grad_lse, o, lse)
+    with tensors.device_guard(q):
+        statistics = _statistics(outputs, grad)
+        grad_o = grad.o
         if any(configs.choose(kernel, q).descriptors for kernel in (("fused",) if fused else ("dkdv", "dq"))):
             q, k, v, grad_o = map(describable, (q, k, v, grad_o))
+        operands = _Operands(q, k, v, grad_o, statistics, limits, scale)
         if fused:
-            _fused_backward(q, k, v, grad_o, stats, limits, scale, dq, dk, dv)
+            _fused_backward(operands, result)
         else:
-            _key_pass("dkdv", q, k, v, grad_o, stats, limits, scale, None, dk, dv)
-            _query_pass(q, k, v, grad_o, stats, limits, scale, dq)
-    return dq, dk, dv
+            _key_pass("dkdv", operands, result, None)
+            _query_pass(operands, result.q)
+    return result
 
 
-def _fused_backward(q, k, v, grad_o, stats, limits, scale, dq, dk, dv) -> None:
-    dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    _key_pass("fused", q, k, v, grad_o, stats, limits, scale, dq_sum, dk, dv)
+def _fused_backward(operands: _Operands, result: Gradients) -> None:
+    dq = result.q
+    dq_sum = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
+    _key_pass("fused", operands, result, dq_sum)
     grid = (triton.cdiv(dq.numel(), ROUND_BLOCK),)
-    int64 = checks.needs_int64_offsets(dq)
-    _round_kernel[grid](dq_sum, dq, scale, dq.numel(), BLOCK=ROUND_BLOCK, INT64=int64, num_warps=4)
+    int64 = tensors.needs_int64_offsets(dq)
+    _round_kernel[grid](dq_sum, dq, operands.scale, dq.numel(), BLOCK=ROUND_BLOCK, INT64=int64, num_warps=4)
 
 
-def _key_pass(kernel, q, k, v, grad_o, stats, limits, scale, dq_sum, dk, dv) -> None:
+def _key_pass(kernel: str, operands: _Operands, result: Gradients, dq_sum: Tensor | None) -> None:
+    """Write dk and dv, and add to dq_sum where it is given. kernel: "dkdv" or "fused", of configs.KERNELS."""
+    q, k, v, grad_o, statistics, limits, scale = operands
     keys, kv_heads, head_dim = k.shape
     heads = q.shape[1]
     config = configs.choose(kernel, q)
     m, n = config.block_m, config.block_n
-    tensors, blocks = (q, k, v, grad_o, dk, dv), (m, n, n, m, n, n)
+    tiled: tuple[Tensor, ...] = q, k, v, grad_o, result.k, result.v
+    blocks: tuple[int, ...] = m, n, n, m, n, n
     if dq_sum is not None:
-        tensors, blocks = (*tensors, dq_sum), (*blocks, m)
-    views, strides = configs.operands(tensors, blocks, config)
+        tiled, blocks = (*tiled, dq_sum), (*blocks, m)
+    views, strides = configs.operands(tiled, blocks, config)
     if dq_sum is None:
         views, strides = [*views, None], [*strides, (0, 0)]
-    # What a program streams here is q and the gradient of o, for all heads of the group.
-    streamed = heads_per_section(kv_heads, heads // kv_heads * q.shape[0], head_dim, q.element_size())
+    # A program streams q and the gradient of o here, for all query heads of its kv head.
+    per_section = heads_per_section(kv_heads, heads // kv_heads * q.shape[0], head_dim, q.element_size())
     _key_kernel[(triton.cdiv(keys, n) * kv_heads,)](
         *views,
-        stats,
+        statistics,
         limits.q_start.contiguous(),
         limits.q_end.contiguous(),
         *strides,
         q.shape[0],
-        stats.shape[2],
+        statistics.shape[2],
         keys,
         kv_heads,
         heads // kv_heads,
-        streamed,
+        per_section,
         scale,
         scale * LOG2_E,
         FUSED=dq_sum is not None,
-        **configs.options(config, q, checks.needs_int64_offsets(*tensors, stats)),
+        **configs.options(config, q, tensors.needs_int64_offsets(*tiled, statistics)),
     )
 
 
-def _query_pass(q, k, v, grad_o, stats, limits, scale, dq) -> None:
+def _query_pass(operands: _Operands, dq: Tensor) -> None:
+    q, k, v, grad_o, statistics, limits, scale = operands
     queries, heads, head_dim = q.shape
     keys, kv_heads, _ = k.shape
     group = heads // kv_heads
     config = configs.choose("dq", q)
     m, n = config.block_m, config.block_n
-    tensors, blocks = (q, k, v, grad_o, dq), (m, n, n, m, m)
-    views, strides = configs.operands(tensors, blocks, config)
+    tiled = q, k, v, grad_o, dq
+    views, strides = configs.operands(tiled, (m, n, n, m, m), config)
     _query_kernel[(triton.cdiv(queries, m) * heads,)](
         *views,
-        stats,
+        statistics,
         limits.kv_start.contiguous(),
         limits.kv_end.contiguous(),
         *strides,
         queries,
-        stats.shape[2],
+        statistics.shape[2],
         keys,
         heads,
         group,
         group * heads_per_section(kv_heads, keys, head_dim, k.element_size()),
         scale,
         scale * LOG2_E,
-        **configs.options(config, q, checks.needs_int64_offsets(*tensors, stats)),
+        **configs.options(config, q, tensors.needs_int64_offsets(*tiled, statistics)),
     )

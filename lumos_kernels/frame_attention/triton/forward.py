@@ -1,8 +1,11 @@
-"""The forward pass: o and lse of one tile of queries and one head a program.
+"""The forward pass: online softmax in base 2 over tiles of keys.
 
-One loop over key tiles with a branch around the mask: three loops (masked, whole, masked) would be more than twice the
-code and, on sm_90, cost spills. Softmax in base 2 with the scale folded in: p = exp2(s * c - max) with
-c = scale * log2(e) is one FFMA and one MUFU an element.
+With c = scale * log2(e) and m the running maximum of s * c over the keys so far,
+    p = exp2(s * c - m),   total = total * exp2(m_old - m) + sum p,   out = out * exp2(m_old - m) + p v,
+and at the end o = out / total, lse = (m + log2(total)) * ln 2. An element of p is one FFMA and one MUFU.
+
+A program owns one tile of queries and one head. It has one loop over key tiles with a branch around the mask. Three
+loops (masked, whole, masked) would be more than twice the code and, on sm_90, cost spills.
 """
 
 from __future__ import annotations
@@ -10,45 +13,45 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from lumos_kernels import checks
-from lumos_kernels.frame_attention.triton import configs
-from lumos_kernels.frame_attention.triton.primitives import (
+from ... import kernel_types as kt
+from ... import tensors
+from ..contract import Inputs, Outputs
+from . import configs
+from .primitives import (
     LOG2_E,
     describable,
+    head_offset,
     heads_per_section,
     load_tile,
     row_limits,
-    statistics,
     store_tile,
     tile_bounds,
     work_item,
 )
-from lumos_kernels.layout import RowLimits
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "per_section"])
 def _forward_kernel(
-    q,
-    k,
-    v,
-    o,
-    lse_ptr,
-    kv_start_ptr,
-    kv_end_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    o_strides,
-    queries,
-    keys,
-    heads,
-    group,
-    per_section,
-    scale_log2,
+    q: kt.Descriptor,
+    k: kt.Descriptor,
+    v: kt.Descriptor,
+    o: kt.Descriptor,
+    lse_ptr: kt.Pointer,
+    kv_start_ptr: kt.Pointer,
+    kv_end_ptr: kt.Pointer,
+    q_strides: kt.Scalar,
+    k_strides: kt.Scalar,
+    v_strides: kt.Scalar,
+    o_strides: kt.Scalar,
+    queries: kt.Scalar,
+    keys: kt.Scalar,
+    heads: kt.Scalar,
+    group: kt.Scalar,
+    per_section: kt.Scalar,
+    scale_log2: kt.Scalar,
     D: tl.constexpr,
     PADDED_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -56,7 +59,8 @@ def _forward_kernel(
     RANK: tl.constexpr,
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> None:
+    """Write o and lse of a query tile and head."""
     tiles = tl.cdiv(queries, BLOCK_M)
     tile, head = work_item(tl.program_id(0), tiles, heads, per_section)
     first = (tiles - 1 - tile) * BLOCK_M  # heaviest first: the last tile of a video sees the most keys
@@ -64,7 +68,7 @@ def _forward_kernel(
     start, end = row_limits(kv_start_ptr, kv_end_ptr, first, queries, BLOCK_M)
     q_tile = load_tile(q, q_strides, first, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
     kv_head = head // group
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of the scores, times c
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)  # m
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
     for j in tl.range(low, high, BLOCK_N):
@@ -75,7 +79,7 @@ def _forward_kernel(
             key = (j + tl.arange(0, BLOCK_N))[None, :]
             s = tl.where((key >= start[:, None]) & (key < end[:, None]), s, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(s, 1) * scale_log2)
-        # A row that has seen no key yet: -inf - -inf would be NaN.
+        # A row that has seen no key yet has m = -inf, and -inf - -inf would be NaN.
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         p = tl.exp2(s * scale_log2 - shift[:, None])
         rescale = tl.exp2(maximum - shift)
@@ -85,20 +89,21 @@ def _forward_kernel(
         maximum = new_maximum
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     row = first + tl.arange(0, BLOCK_M)
-    lse = (maximum + tl.log2(total)) * _LN_2  # a row without keys: -inf
-    tl.store(lse_ptr + statistics(head, queries, INT64) + row, lse, mask=row < queries)
+    lse = (maximum + tl.log2(total)) * _LN_2  # -inf for a row without keys
+    tl.store(lse_ptr + head_offset(head, queries, INT64) + row, lse, mask=row < queries)
     store_tile(o, o_strides, out, first, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, limits: RowLimits, scale: float) -> tuple[Tensor, Tensor]:
-    """See ops.py. One launch; nothing waits for the GPU."""
+def forward(inputs: Inputs) -> Outputs:
+    """Attend in one launch; nothing waits for the GPU. contract.py says what comes in and goes out."""
+    q, k, v, limits, scale = inputs
     queries, heads, head_dim = q.shape
     keys, kv_heads, _ = k.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, queries), dtype=torch.float32, device=q.device)
     if not queries or not keys:
-        return o.zero_(), lse.fill_(-torch.inf)
-    if scale <= 0:  # the running maximum is that of s * c only for c > 0; both rewrites are exact
+        return Outputs(o.zero_(), lse.fill_(-torch.inf))
+    if scale <= 0:  # max(s * c) is max(s) * c only for c > 0. Both rewrites are exact.
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     config = configs.choose("forward", q)
     if config.descriptors:
@@ -107,7 +112,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, limits: RowLimits, scale: float) ->
     views, strides = configs.operands((q, k, v, o), blocks, config)
     group = heads // kv_heads
     grid = (triton.cdiv(queries, config.block_m) * heads,)
-    with checks.device_guard(q):
+    with tensors.device_guard(q):
         _forward_kernel[grid](
             *views,
             lse,
@@ -120,6 +125,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, limits: RowLimits, scale: float) ->
             group,
             group * heads_per_section(kv_heads, keys, head_dim, k.element_size()),
             scale * LOG2_E,
-            **configs.options(config, q, checks.needs_int64_offsets(q, k, v, o, lse)),
+            **configs.options(config, q, tensors.needs_int64_offsets(q, k, v, o, lse)),
         )
-    return o, lse
+    return Outputs(o, lse)

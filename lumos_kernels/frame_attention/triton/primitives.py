@@ -1,14 +1,15 @@
 """What the frame_attention kernels share: tiles in and out, the order of the work, the row limits of a tile.
 
-Legend: M rows of a query tile, N rows of a key tile, D head_dim, PADDED_D the next power of two (128 for D = 96),
-G query heads of a kv head.
-
 A tensor [T, H, D] reaches a kernel in one of three ways, its RANK:
-- 2: a host tensor descriptor of the view [T, H * D] with boxes [rows, D], filled by the copy engine of sm_90 and later;
-- 3: one of [T, H, D] with boxes [rows, 1, PADDED_D], for D = 96, where a box of the view would reach into the next
-  head. Only there: with the reshape behind the load Triton keeps left operands in registers (D = 128: 59 spills);
+- 2: a host tensor descriptor of the view [T, H * D] with boxes [rows, D], which the copy engine of sm_90 and later
+  fills.
+- 3: a descriptor of [T, H, D] with boxes [rows, 1, PADDED_D]. Only D = 96 takes it, where a box of the view would reach
+  into the next head. Elsewhere it would cost: with the reshape after the load Triton keeps left operands in registers
+  (D = 128: 59 spills).
 - 0: a pointer and two strides.
-Rows and channels outside the tensor are read as zeros and not written.
+Rows and channels outside the tensor are read as zeros and are not written.
+
+Legend: M rows of a query tile, N rows of a key tile, D head_dim, PADDED_D the next power of two (128 for D = 96).
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2_E = 1.4426950408889634
-MAX_BLOCK = 128  # rows of the largest tile; rows of lse and delta are padded to a multiple
+from ... import kernel_types as kt
 
-# K and V of so many kv heads as fit here are walked over before the next ones: half of an H100's L2 partition of
+LOG2_E = 1.4426950408889634
+MAX_BLOCK = 128  # rows of the largest tile; rows of lse and delta are padded to a multiple of it
+
+# The kv heads are walked over in sections whose K and V take at most this much: half of an H100's L2 partition of
 # 25 MB, so that q, o and the gradients do not push them out. A100: 20 MB.
 SECTION_BYTES = 12 * 2**20
 
 
 @triton.jit
 def load_tile(
-    x, strides, first, head, rows, D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr,
-    RANK: tl.constexpr, INT64: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK, PADDED_D]: rows first .. first + BLOCK - 1 of a head, zeros outside the tensor."""
+    x: kt.Descriptor, strides: kt.Scalar, first: kt.Scalar, head: kt.Scalar, rows: kt.Scalar,
+    D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr, RANK: tl.constexpr, INT64: tl.constexpr,
+) -> kt.Block:  # fmt: skip
+    """Return [BLOCK, PADDED_D]: rows first .. first + BLOCK - 1 of a head, zeros outside the tensor."""
     if RANK == 2:
         return x.load([first, head * D])
     elif RANK == 3:  # noqa: RET505 (Triton's compiler wants the branches)
@@ -44,10 +47,10 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    x, strides, value, first, head, rows, D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr,
-    RANK: tl.constexpr, INT64: tl.constexpr,
-):  # fmt: skip
-    """Writes fp32 [BLOCK, PADDED_D], rounded to the tensor's dtype, where load_tile reads."""
+    x: kt.Descriptor, strides: kt.Scalar, value: kt.Block, first: kt.Scalar, head: kt.Scalar, rows: kt.Scalar,
+    D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr, RANK: tl.constexpr, INT64: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write fp32 [BLOCK, PADDED_D], rounded to the tensor's dtype, where load_tile reads."""
     if RANK == 2:
         x.store([first, head * D], value.to(x.dtype))
     elif RANK == 3:
@@ -59,10 +62,10 @@ def store_tile(
 
 @triton.jit
 def pointer_tile(
-    strides, first, head, rows, D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr,
-    INT64: tl.constexpr,
-):  # fmt: skip
-    """Offsets of a tile's elements and which of them lie inside the tensor."""
+    strides: kt.Scalar, first: kt.Scalar, head: kt.Scalar, rows: kt.Scalar, D: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED_D: tl.constexpr, INT64: tl.constexpr,
+) -> tuple[kt.Block, kt.Block]:  # fmt: skip
+    """Return the offsets of a tile's elements, and which of them lie inside the tensor."""
     row = first + tl.arange(0, BLOCK)
     channel = tl.arange(0, PADDED_D)
     mask = (row < rows)[:, None]
@@ -75,17 +78,21 @@ def pointer_tile(
 
 
 @triton.jit
-def statistics(head, rows, INT64: tl.constexpr):
-    """Offset of a head's row in an fp32 tensor [H, rows]."""
+def head_offset(head: kt.Scalar, rows: kt.Scalar, INT64: tl.constexpr) -> kt.Scalar:
+    """Return the offset of a head's row in an fp32 tensor [H, rows]."""
     if INT64:
         rows = rows.to(tl.int64)
     return head * rows
 
 
 @triton.jit
-def work_item(pid, tiles, heads, per_section):
-    """(tile, head) of a program. Sections of heads come one after the other; inside one, a tile's heads are
-    neighbours, so the query heads that share K and V run side by side.
+def work_item(
+    pid: kt.Scalar, tiles: kt.Scalar, heads: kt.Scalar, per_section: kt.Scalar
+) -> tuple[kt.Scalar, kt.Scalar]:
+    """Return the tile and the head of a program.
+
+    Sections of heads come one after the other. Inside a section the heads of a tile are neighbours, so the query heads
+    that share K and V run side by side.
     """
     section = pid // (per_section * tiles)
     first = section * per_section
@@ -95,12 +102,20 @@ def work_item(pid, tiles, heads, per_section):
 
 
 @triton.jit
-def tile_bounds(start_ptr, end_ptr, first, rows, BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr):
-    """What the tile of rows first .. first + BLOCK - 1 sees of the other side, in tiles of OTHER_BLOCK rows.
+def tile_bounds(
+    start_ptr: kt.Pointer,
+    end_ptr: kt.Pointer,
+    first: kt.Scalar,
+    rows: kt.Scalar,
+    BLOCK: tl.constexpr,
+    OTHER_BLOCK: tl.constexpr,
+) -> tuple[kt.Scalar, kt.Scalar, kt.Scalar, kt.Scalar]:
+    """Return what the tile of rows first .. first + BLOCK - 1 sees of the other side: low, high, inner_low, inner_high.
 
-    start, end: int32 [rows], non-decreasing, so the first and the last row of the tile know it all: the visible range
-    is [low, high), and every pair of the whole tiles [inner_low, inner_high) is visible. All four are multiples of
-    OTHER_BLOCK but high.
+    The visible range is [low, high). In the tiles of OTHER_BLOCK rows that make up [inner_low, inner_high) every pair
+    is visible, so they need no mask. All four are multiples of OTHER_BLOCK but high.
+
+    The limits (int32 [rows]) never fall. So the first and the last row of the tile hold the extremes of all its rows.
     """
     last = tl.minimum(first + BLOCK, rows) - 1
     high = tl.load(end_ptr + last)
@@ -111,17 +126,20 @@ def tile_bounds(start_ptr, end_ptr, first, rows, BLOCK: tl.constexpr, OTHER_BLOC
 
 
 @triton.jit
-def row_limits(start_ptr, end_ptr, first, rows, BLOCK: tl.constexpr):
-    """int32 [BLOCK] twice: each row's limits; rows past the end see nothing."""
+def row_limits(
+    start_ptr: kt.Pointer, end_ptr: kt.Pointer, first: kt.Scalar, rows: kt.Scalar, BLOCK: tl.constexpr
+) -> tuple[kt.Block, kt.Block]:
+    """Return the start and end of each row, int32 [BLOCK] each. Rows past the last one see nothing."""
     row = first + tl.arange(0, BLOCK)
     return tl.load(start_ptr + row, mask=row < rows, other=0), tl.load(end_ptr + row, mask=row < rows, other=0)
 
 
 def describable(x: Tensor) -> Tensor:
-    """[T, H, D] itself where the copy engine can walk over it, else a contiguous copy.
+    """Return [T, H, D] itself where the copy engine can walk over it, else a contiguous copy.
 
-    It wants a 16-byte base and rows 16 bytes apart, and the view [T, H * D] wants heads side by side. A slice of a
-    fused projection has all that; the copy of anything else costs O(T), where the kernels read it O(T) times.
+    The copy engine takes a base and row strides that are multiples of 16 bytes, and the view [T, H * D] needs heads
+    side by side. A slice of a fused projection has all that. The copy of anything else costs O(T), and the kernels read
+    it O(T) times.
     """
     step = x.stride(0) * x.element_size()
     rows_fit = x.shape[0] <= 1 or (step % 16 == 0 and x.stride(0) >= x.shape[2])
@@ -131,11 +149,12 @@ def describable(x: Tensor) -> Tensor:
 
 
 def descriptor_rank(head_dim: int) -> int:
+    """Return the RANK of a tensor that reaches a kernel by a descriptor."""
     return 2 if padded_head_dim(head_dim) == head_dim else 3
 
 
-def operand(x: Tensor, block: int, rank: int) -> tuple[Tensor | TensorDescriptor, tuple[int, int]]:
-    """A kernel's view of [T, H, D] and its strides over T and H; a descriptor knows its strides itself."""
+def operand(x: Tensor, block: int, rank: int) -> tuple[Tensor | TensorDescriptor, tuple[int, ...]]:
+    """Return a kernel's view of [T, H, D] and its strides over T and H. A descriptor holds its strides itself."""
     tokens, heads, head_dim = x.shape
     if rank == 0:
         return x, x.stride()[:2]
@@ -147,14 +166,16 @@ def operand(x: Tensor, block: int, rank: int) -> tuple[Tensor | TensorDescriptor
 
 
 def heads_per_section(kv_heads: int, keys: int, head_dim: int, element_size: int) -> int:
-    """kv heads whose K and V share the L2."""
+    """Return the number of kv heads whose K and V share the L2."""
     return min(max(SECTION_BYTES // max(2 * keys * head_dim * element_size, 1), 1), max(kv_heads, 1))
 
 
 def padded_head_dim(head_dim: int) -> int:
-    return triton.next_power_of_2(head_dim)
+    """Return the channels of a tile: its sizes must be powers of two."""
+    padded: int = triton.next_power_of_2(head_dim)
+    return padded
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """fp32 means fp32: Triton's default for a matmul of fp32 tiles is tf32."""
+    """Return the precision of a matmul of such tiles: fp32 stays fp32, where Triton's default would be tf32."""
     return "ieee" if dtype == torch.float32 else "tf32"

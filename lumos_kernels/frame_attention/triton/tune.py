@@ -1,31 +1,37 @@
-"""Measures the kernels' configurations on the GPU at hand and rewrites tuned.py.
+"""Measure the kernels' configurations on the GPU at hand and rewrite tuned.py.
 
     python -m lumos_kernels.frame_attention.triton.tune --minutes 8     measures, writes tuned.py
     python -m lumos_kernels.frame_attention.triton.tune --dry-run       lists what would be measured, on any machine
 
-Every candidate must first give what the default gives, to a rounding or two; the fastest by the median of repeated
+Every candidate must first give what the default gives, to a rounding or two. Then the fastest by the median of repeated
 launches wins, and a default keeps its place unless it is beaten by MARGIN. Entries of other architectures stay. The
-time is shared evenly by what is left to measure, the training shapes first, and what was not reached keeps its entry.
+time is shared evenly by what is left to measure, the training shapes first. What was not reached keeps its entry.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from lumos_kernels.frame_attention.triton import backward, configs, forward, tuned
-from lumos_kernels.frame_attention.triton.configs import Config
-from lumos_kernels.frame_attention.triton.primitives import MAX_BLOCK
-from lumos_kernels.layout import Frame, FrameLayout, RowLimits, Text
+from ...layout import Frame, FrameLayout, Text
+from ..contract import Inputs, OutputGradients
+from . import backward, configs, forward, tuned
+from .configs import Config
+from .primitives import MAX_BLOCK
+
+Call: TypeAlias = Callable[[], tuple[Tensor, ...]]
+Entries: TypeAlias = dict[tuple[str, str, int], dict[str, Any]]  # as tuned.CONFIGS
 
 MARGIN = 0.98  # a change has to win 2 %: less is within what two runs differ by
 REPEATS = 10
@@ -33,7 +39,7 @@ FILE = Path(tuned.__file__)
 
 
 class Shape(NamedTuple):
-    """What a head size is tuned on: 7 frames of 256 x 448 after a prompt, the published training clip."""
+    """The heads with which a head size is tuned, on 7 frames of 256 x 448 after a prompt: the published clip."""
 
     head_dim: int
     heads: int
@@ -56,19 +62,19 @@ def subjects() -> list[Subject]:
 
 
 def candidates(kernel: str, arch: str, head_dim: int) -> list[Config]:
-    """The default first, then what differs from it in tile, warps, stages or the way tiles are loaded."""
+    """Return the default, then the configurations that differ from it in tile, warps, stages or loads."""
     default = configs.DEFAULTS[kernel, arch][head_dim]
     rows = (64, 128) if kernel in ("forward", "dq") else (32, 64, 128)
     columns = (64, 128)
     loads = (False,) if arch == "sm_80" else (True, False)
     found = [default]
     for m, n, warps, stages, descriptors in itertools.product(rows, columns, (4, 8), (1, 2, 3), loads):
-        config = Config(m, n, warps, stages, descriptors)
-        # fp32 accumulators of a thread, of 255 registers: s (and dp), and what the program owns.
+        config = Config(block_m=m, block_n=n, num_warps=warps, num_stages=stages, descriptors=descriptors)
+        # The fp32 accumulators of a thread must leave some of its 255 registers: s (and dp), and what the program owns.
         owned = 2 * n if kernel in ("dkdv", "fused") else m
         scores = m * n * (1 if kernel == "forward" else 2)
         fits = (scores + owned * head_dim) / (32 * warps) <= 224
-        # Tiles that are kept and tiles that the pipeline holds, bf16.
+        # Shared memory holds tiles that stay and tiles of the pipeline, in bf16.
         kept, streamed = (n, m) if kernel in ("dkdv", "fused") else (m, n)
         shared = (2 * kept + 2 * streamed * stages) * head_dim * 2
         fits &= shared <= (99 if arch == "sm_80" else 227) * 1024
@@ -78,37 +84,36 @@ def candidates(kernel: str, arch: str, head_dim: int) -> list[Config]:
     return found
 
 
-class Inputs(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
+class Data(NamedTuple):
+    """What the kernels are measured on."""
+
+    inputs: Inputs
     grad_o: Tensor
-    limits: RowLimits
 
 
-def inputs(shape: Shape, device: str, frames: int = 7) -> Inputs:
-    """q, k and v are slices of one projection, as in the model."""
+def make_data(shape: Shape, device: str, frames: int = 7) -> Data:
+    """Return random inputs. q, k and v are slices of one projection, as in the model."""
     layout = FrameLayout.from_segments([[Text(266), *[Frame(32, 56)] * frames]]).to(device)
     heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
     generator = torch.Generator(device).manual_seed(0)
-    options = {"device": device, "dtype": torch.bfloat16, "generator": generator}
-    qkv = torch.randn(layout.num_tokens, heads + 2 * kv_heads, head_dim, **options)
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
-    return Inputs(q, k, v, torch.randn(q.shape, **options), layout.limits)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=torch.bfloat16, generator=generator)
+
+    q, k, v = normal(layout.num_tokens, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], 1)
+    return Data(Inputs(q, k, v, layout.limits, head_dim**-0.5), normal(*q.shape))
 
 
-def runner(subject: Subject, data: Inputs) -> Callable[[], tuple[Tensor, ...]]:
-    """Runs the kernel, with what belongs to it, in the configuration that configs.choose gives."""
-    scale = subject.shape.head_dim**-0.5
-    q, k, v, grad_o, limits = data
+def runner(subject: Subject, data: Data) -> Call:
+    """Return a call that runs the kernel, with what belongs to it, in the configuration that configs.choose gives."""
     if subject.kernel == "forward":
-        return lambda: forward(q, k, v, limits, scale)
-    o, lse = forward(q, k, v, limits, scale)
-    return lambda: backward(grad_o, None, q, k, v, o, lse, limits, scale, False)
+        return lambda: forward(data.inputs)
+    outputs, grad = forward(data.inputs), OutputGradients(data.grad_o, None)
+    return lambda: backward(data.inputs, outputs, grad, deterministic=False)
 
 
-def using(subject: Subject, config: Config):
-    """Context in which the subject's kernel takes `config`, and the others what they have."""
+def using(subject: Subject, config: Config) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which the subject's kernel takes `config`, and the others keep theirs."""
     choose = configs.choose
 
     def chosen(kernel: str, q: Tensor) -> Config:
@@ -117,10 +122,10 @@ def using(subject: Subject, config: Config):
     return mock.patch.multiple(configs, choose=chosen, fuses_backward=lambda q: subject.kernel == "fused")
 
 
-def seconds_on_gpu(call: Callable[[], object]) -> float:
-    """Median of REPEATS launches, by events."""
+def seconds_on_gpu(call: Call) -> float:
+    """Return the median of REPEATS launches, by events."""
     call()
-    times = []
+    times: list[float] = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -132,7 +137,7 @@ def seconds_on_gpu(call: Callable[[], object]) -> float:
 
 
 def agrees(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    """Within the error of bf16 operands; a NaN never is."""
+    """Return whether the results are within the error of bf16 operands. A NaN never is."""
     return all(
         bool((a.double() - b.double()).norm() <= 1e-2 * b.double().norm())
         for a, b in zip(results, expected, strict=True)
@@ -144,18 +149,19 @@ class Verdict(NamedTuple):
     seconds: float
     default_seconds: float
     tried: int
-    refused: list[tuple[Config, str]]  # what does not compile, or is wrong, and why
+    refused: list[tuple[Config, str]]  # configurations that do not compile or are wrong, and why
 
 
 def decide(
-    subject: Subject, arch: str, data: Inputs, deadline: float, measure: Callable[[Callable], float] = seconds_on_gpu
+    subject: Subject, arch: str, data: Data, deadline: float, measure: Callable[[Call], float] = seconds_on_gpu
 ) -> Verdict:
-    """The fastest right configuration that was reached before the deadline (time.monotonic)."""
+    """Return the fastest right configuration that was reached before the deadline (time.monotonic)."""
     call = runner(subject, data)
     default, *others = candidates(subject.kernel, arch, subject.shape.head_dim)
     with using(subject, default):
         expected, default_seconds = call(), measure(call)
-    best, seconds, tried, refused = default, MARGIN * default_seconds, 1, []
+    refused: list[tuple[Config, str]] = []
+    best, seconds, tried = default, MARGIN * default_seconds, 1
     for config in others:
         if time.monotonic() > deadline:
             break
@@ -175,8 +181,12 @@ def decide(
     return Verdict(best, default_seconds if best == default else seconds, default_seconds, tried, refused)
 
 
-def source(entries: dict[tuple[str, str, int], tuple], fused: frozenset[tuple[str, int]], note: str) -> str:
-    """tuned.py's text."""
+def _literal(entry: dict[str, Any]) -> str:
+    return "{" + ", ".join(f'"{name}": {value!r}' for name, value in entry.items()) + "}"
+
+
+def source(entries: Entries, fused: frozenset[tuple[str, int]], note: str) -> str:
+    """Return the text of tuned.py."""
     lines = [
         '"""Written by python -m lumos_kernels.frame_attention.triton.tune: what was measured fastest, and where.',
         "",
@@ -185,9 +195,11 @@ def source(entries: dict[tuple[str, str, int], tuple], fused: frozenset[tuple[st
         "",
         "from __future__ import annotations",
         "",
-        "# (kernel, architecture, head size) -> configs.Config",
-        "CONFIGS: dict[tuple[str, str, int], tuple[int, int, int, int, bool]] = {",
-        *(f'    ("{k}", "{a}", {d}): {tuple(entries[k, a, d])!r},' for k, a, d in sorted(entries)),
+        "from typing import Any",
+        "",
+        "# (kernel, architecture, head size) -> the fields of a configs.Config",
+        "CONFIGS: dict[tuple[str, str, int], dict[str, Any]] = {",
+        *(f'    ("{k}", "{a}", {d}): {_literal(entries[k, a, d])},' for k, a, d in sorted(entries)),
         "}",
         "",
         "# (architecture, head size) at which the fused backward beat the deterministic one",
@@ -205,12 +217,12 @@ def tune(
     arch: str,
     minutes: float,
     device: str = "cuda",
-    measure: Callable[[Callable], float] = seconds_on_gpu,
+    measure: Callable[[Call], float] = seconds_on_gpu,
     report: Callable[[str], None] = print,
-    make: Callable[[Shape, str], Inputs] = inputs,
+    make: Callable[[Shape, str], Data] = make_data,
     todo: list[Subject] | None = None,
-) -> tuple[dict[tuple[str, str, int], tuple], frozenset[tuple[str, int]]]:
-    """The table's entries after measuring: those of before, with what was decided now."""
+) -> tuple[Entries, frozenset[tuple[str, int]]]:
+    """Return the table's entries after measuring: the earlier ones, changed where something was decided now."""
     entries, fused = dict(tuned.CONFIGS), set(tuned.FUSED_BACKWARD)
     todo = subjects() if todo is None else todo
     end = time.monotonic() + 60 * minutes
@@ -225,7 +237,7 @@ def tune(
         with mock.patch.object(tuned, "CONFIGS", entries):
             data = make(subject.shape, device)
             verdict = decide(subject, arch, data, now + (end - now) / (len(todo) - number), measure)
-        entries[subject.kernel, arch, head_dim] = tuple(verdict.config)
+        entries[subject.kernel, arch, head_dim] = fields_of(verdict.config)
         backward_seconds[subject.kernel, head_dim] = verdict.seconds
         report(
             f"{subject.kernel} D={head_dim}: {verdict.config}, {1e3 * verdict.seconds:.3f} ms"
@@ -234,13 +246,19 @@ def tune(
         for config, reason in verdict.refused:
             report(f"    refused {config}: {reason.splitlines()[0][:160]}")
         if subject.kernel == "fused" and ("dq", head_dim) in backward_seconds:
-            # Both times are of a whole backward: the last deterministic one, with its best dk and dv, was dq's.
+            # Both times are of a whole backward. That of "dq" is the deterministic one with its best dk, dv and dq.
             wins = verdict.seconds < MARGIN * backward_seconds["dq", head_dim]
             (fused.add if wins else fused.discard)((arch, head_dim))
     return entries, frozenset(fused)
 
 
+def fields_of(config: Config) -> dict[str, Any]:
+    """Return the fields that are set, as a table entry has them."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+
+
 def plan(arch: str) -> Iterator[str]:
+    """Yield what a dry run prints: the number of candidates of each subject, and its default."""
     for subject in subjects():
         found = candidates(subject.kernel, arch, subject.shape.head_dim)
         yield f"{subject.kernel} D={subject.shape.head_dim}: {len(found)} candidates, default {found[0]}"

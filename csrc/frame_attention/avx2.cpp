@@ -1,0 +1,9 @@
+#include "simd/avx2.h"
+
+#include "frame_attention/kernel.h"
+
+namespace lumos {
+
+const FrameAttentionKernels kFrameAttentionAvx2 = kAnyInFp32;
+
+}  // namespace lumos

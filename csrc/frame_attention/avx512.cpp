@@ -1,0 +1,9 @@
+#include "simd/avx512.h"
+
+#include "frame_attention/kernel.h"
+
+namespace lumos {
+
+const FrameAttentionKernels kFrameAttentionAvx512 = kAnyInFp32;
+
+}  // namespace lumos

@@ -1,0 +1,9 @@
+#include "simd/base.h"
+
+#include "frame_attention/kernel.h"
+
+namespace lumos {
+
+const FrameAttentionKernels kFrameAttentionBase = kAnyInFp32;
+
+}  // namespace lumos

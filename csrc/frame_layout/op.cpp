@@ -1,0 +1,38 @@
+// The reading of layouts under torch's stable ABI; see ops.cpp for the others.
+#include <tuple>
+
+#include "frame_layout/problem.h"
+#include "stable_abi/tensors.h"
+
+namespace lumos {
+namespace {
+
+/// ids int32 or int64 [T], cu_seqlens int32 [B + 1], both contiguous.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frame_layout(Tensor ids, Tensor cu_seqlens) {
+  const int64_t tokens = ids.size(0), documents = cu_seqlens.size(0) - 1;
+  STD_TORCH_CHECK(tokens == 0 || documents > 0, "cu_seqlens holds no document for ", tokens, " tokens");
+  const auto numbers = [&] { return torch::stable::empty({tokens}, ScalarType::Int); };
+  Tensor positions = torch::stable::empty({3, tokens}, ScalarType::Int);
+  Tensor content = torch::stable::empty({tokens}, ScalarType::Bool);
+  Tensor frame_index = numbers(), kv_start = numbers(), kv_end = numbers(), q_start = numbers(), q_end = numbers();
+  const auto data = [](Tensor& tensor) { return tensor.mutable_data_ptr<int32_t>(); };
+  const FrameLayoutOut out{data(positions), content.mutable_data_ptr<bool>(), data(frame_index),
+                           data(kv_start),  data(kv_end),                     data(q_start),
+                           data(q_end)};
+  const int32_t* bounds = cu_seqlens.const_data_ptr<int32_t>();
+  if (ids.scalar_type() == ScalarType::Long) {
+    read_frame_layout(ids.const_data_ptr<int64_t>(), tokens, bounds, documents, out);
+  } else {
+    read_frame_layout(ids.const_data_ptr<int32_t>(), tokens, bounds, documents, out);
+  }
+  return {positions, content, frame_index, kv_start, kv_end, q_start, q_end};
+}
+
+}  // namespace
+}  // namespace lumos
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lumos_native, m) {
+  m.def("frame_layout(Tensor ids, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lumos_native, CPU, m) { m.impl("frame_layout", TORCH_BOX(&lumos::frame_layout)); }

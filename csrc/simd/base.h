@@ -1,0 +1,60 @@
+// Four floats with SSE2, which every x86-64 CPU has. The vocabulary is that of simd_avx2.h and simd_avx512.h:
+//     Vec, broadcast, + - *, fma, fms, sum4, and load and store of float, BFloat16 and Half (round to nearest even).
+//
+// The anonymous namespace is the point: each simd_*.h is included by files compiled for one instruction set, and what
+// they instantiate must never be merged by the linker with another file's copy.
+#pragma once
+
+#include <emmintrin.h>
+
+#include "simd/half.h"
+#include "simd/sum4.h"
+
+namespace lumos {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  __m128 v;
+};
+
+inline Vec broadcast(float x) { return {_mm_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm_mul_ps(a.v, b.v)}; }
+
+/// a * b + c and a * b - c. Here they round twice, elsewhere once.
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
+
+/// to[0 .. 3]: the sums of the lanes of a, b, c and d.
+inline void sum4(float* to, Vec a, Vec b, Vec c, Vec d) { _mm_storeu_ps(to, sum4(a.v, b.v, c.v, d.v)); }
+
+inline Vec load(const float* from) { return {_mm_loadu_ps(from)}; }
+inline Vec load(const BFloat16* from) {
+  const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return {_mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), narrow))};
+}
+inline Vec load(const Half* from) {
+  return {_mm_setr_ps(to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3]))};
+}
+
+inline void store(float* to, Vec a) { _mm_storeu_ps(to, a.v); }
+inline void store(BFloat16* to, Vec a) {
+  const __m128i bits = _mm_castps_si128(a.v);
+  const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+  const __m128i rounded = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
+  const __m128i is_nan = _mm_castps_si128(_mm_cmpunord_ps(a.v, a.v));
+  const __m128i nan = _mm_and_si128(is_nan, _mm_set1_epi32(0x7fc00000));
+  // SSE2 packs with signed saturation only, so the upper halves come down with their sign.
+  const __m128i wide = _mm_srai_epi32(_mm_or_si128(_mm_andnot_si128(is_nan, rounded), nan), 16);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi32(wide, wide));
+}
+inline void store(Half* to, Vec a) {
+  float lanes[Vec::kLanes];
+  store(lanes, a);
+  for (int i = 0; i < Vec::kLanes; ++i) to[i] = to_half(lanes[i]);
+}
+
+}  // namespace
+}  // namespace lumos

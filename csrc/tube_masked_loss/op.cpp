@@ -1,0 +1,115 @@
+// Registers the row passes of tube_masked_loss under torch's stable ABI. Its matmuls are in matmul/op.cpp.
+#include <optional>
+#include <tuple>
+
+#include "stable_abi/huge_pages.h"
+#include "stable_abi/tensors.h"
+#include "tube_masked_loss/problem.h"
+
+namespace lumos {
+namespace {
+
+const TubeMaskedLossKernels& tube_masked_loss_kernels(int64_t isa) {
+  return kernels_for(isa, kTubeMaskedLossAvx512, kTubeMaskedLossAvx2, kTubeMaskedLossBase);
+}
+
+/// logits are fp32 [R, classes] and contiguous; targets are int64 [R]; kept is [R, K], bf16 or fp32, with a unit last
+/// stride.
+TubeMaskedLossBlock tube_masked_loss_block(const Tensor& logits, const Tensor& targets, int64_t first,
+                                           const std::optional<Tensor>& kept) {
+  TubeMaskedLossBlock block{};
+  block.classes = logits.size(1);
+  block.first = first;
+  block.logits = logits.const_data_ptr<float>();
+  block.targets = targets.const_data_ptr<int64_t>();
+  if (kept) {
+    block.dtype = dtype_of(*kept);
+    block.kept = kept->mutable_data_ptr();
+    block.kept_stride = kept->stride(0);
+  }
+  return block;
+}
+
+/// maximum and sum are fp32 [R, blocks], target_logit is fp32 [R], beaten is bool [R]; all are contiguous.
+TubeMaskedLossStats tube_masked_loss_stats(const Tensor& maximum, const Tensor& sum, const Tensor& target_logit,
+                                           const Tensor& beaten) {
+  return {maximum.mutable_data_ptr<float>(), sum.mutable_data_ptr<float>(), target_logit.mutable_data_ptr<float>(),
+          beaten.mutable_data_ptr<bool>()};
+}
+
+/// Reduces a block of logits to its statistics, and writes its exponentials to kept.
+void tube_masked_loss_reduce(Tensor logits, Tensor targets, int64_t first, int64_t block_index, Tensor maximum,
+                             Tensor sum, Tensor target_logit, Tensor beaten, std::optional<Tensor> kept, int64_t isa) {
+  TubeMaskedLossBlock block = tube_masked_loss_block(logits, targets, first, kept);
+  block.block = block_index;
+  block.blocks = maximum.size(1);
+  const TubeMaskedLossStats stats = tube_masked_loss_stats(maximum, sum, target_logit, beaten);
+  torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+    tube_masked_loss_kernels(isa).reduce(block, stats, begin, end);
+  });
+}
+
+/// Returns nll, lse and correct, all [R], and turns kept into the gradients of the logits. The `classes` classes came in
+/// blocks of block_classes; row_weight is fp32 [R].
+std::tuple<Tensor, Tensor, Tensor> tube_masked_loss_finish(Tensor targets, std::optional<Tensor> row_weight,
+                                                           double z_loss_weight, int64_t classes, int64_t block_classes,
+                                                           Tensor maximum, Tensor sum, Tensor target_logit,
+                                                           Tensor beaten, std::optional<Tensor> kept, int64_t isa) {
+  const int64_t rows = targets.size(0);
+  Tensor nll = empty_on_cpu({rows}, ScalarType::Float);
+  Tensor lse = empty_on_cpu({rows}, ScalarType::Float);
+  Tensor correct = empty_on_cpu({rows}, ScalarType::Bool);
+  TubeMaskedLossFinish job{};
+  job.classes = classes;
+  job.block_classes = block_classes;
+  job.blocks = maximum.size(1);
+  job.targets = targets.const_data_ptr<int64_t>();
+  job.row_weight = row_weight ? row_weight->const_data_ptr<float>() : nullptr;
+  job.z_loss_weight = static_cast<float>(z_loss_weight);
+  if (kept) {
+    job.dtype = dtype_of(*kept);
+    job.kept = kept->mutable_data_ptr();
+    job.kept_stride = kept->stride(0);
+  }
+  job.nll = nll.mutable_data_ptr<float>();
+  job.lse = lse.mutable_data_ptr<float>();
+  job.correct = correct.mutable_data_ptr<bool>();
+  const TubeMaskedLossStats stats = tube_masked_loss_stats(maximum, sum, target_logit, beaten);
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    tube_masked_loss_kernels(isa).finish(job, stats, begin, end);
+  });
+  return {nll, lse, correct};
+}
+
+/// Writes the gradients of a block's logits to kept. lse, dnll and dlse are fp32 [R] and contiguous.
+void tube_masked_loss_gradient(Tensor logits, Tensor targets, int64_t first, Tensor lse, Tensor dnll, Tensor dlse,
+                               Tensor kept, int64_t isa) {
+  const TubeMaskedLossBlock block = tube_masked_loss_block(logits, targets, first, kept);
+  const TubeMaskedLossGradient upstream{lse.const_data_ptr<float>(), dnll.const_data_ptr<float>(),
+                                        dlse.const_data_ptr<float>()};
+  torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+    tube_masked_loss_kernels(isa).gradient(block, upstream, begin, end);
+  });
+}
+
+}  // namespace
+}  // namespace lumos
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lumos_native, m) {
+  m.def(
+      "tube_masked_loss_reduce(Tensor logits, Tensor targets, int first, int block, Tensor(a!) maximum, "
+      "Tensor(b!) sum, Tensor(c!) target_logit, Tensor(d!) beaten, Tensor(e!)? kept, int isa) -> ()");
+  m.def(
+      "tube_masked_loss_finish(Tensor targets, Tensor? row_weight, float z_loss_weight, int classes, "
+      "int block_classes, Tensor maximum, Tensor sum, Tensor target_logit, Tensor beaten, Tensor(a!)? kept, int isa) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "tube_masked_loss_gradient(Tensor logits, Tensor targets, int first, Tensor lse, Tensor dnll, Tensor dlse, "
+      "Tensor(a!) kept, int isa) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lumos_native, CPU, m) {
+  m.impl("tube_masked_loss_reduce", TORCH_BOX(&lumos::tube_masked_loss_reduce));
+  m.impl("tube_masked_loss_finish", TORCH_BOX(&lumos::tube_masked_loss_finish));
+  m.impl("tube_masked_loss_gradient", TORCH_BOX(&lumos::tube_masked_loss_gradient));
+}

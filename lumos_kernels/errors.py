@@ -1,0 +1,69 @@
+"""Named errors for shapes, dtypes and devices at the public edge. Implementations trust what passed here.
+
+Every function raises a ValueError that names the argument, says what it was and what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name without its module: 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(tensor: Tensor) -> str:
+    """Return 'bfloat16 [128, 8, 64] on cpu', for error messages."""
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
+
+
+def require_shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
+    """Raise ValueError unless `tensor` has the shape that `dims` names, e.g. "T, H, D".
+
+    sizes: the sizes that are known by name, e.g. T=128. A number in `dims` stands for itself; a name that is not in
+        sizes matches any size.
+    """
+    names = [dim.strip() for dim in dims.split(",")]
+    sizes |= {dim: int(dim) for dim in names if dim.isdigit()}
+    fits = tensor.dim() == len(names) and all(
+        sizes.get(dim, have) == have for dim, have in zip(names, tensor.shape, strict=True)
+    )
+    if not fits:
+        known = ", ".join(f"{dim} = {sizes[dim]}" for dim in dict.fromkeys(names) if dim in sizes and not dim.isdigit())
+        where = f" with {known}" if known else ""
+        raise ValueError(f"{name} must be [{dims}]{where}; got {describe(tensor)}")
+
+
+def require_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Raise ValueError unless the tensor's dtype is one of those allowed."""
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(dtype_name, allowed))}; got {describe(tensor)}")
+
+
+def require_same(name: str, tensor: Tensor, other_name: str, other: Tensor, dtypes: bool = True) -> None:
+    """Raise ValueError unless both tensors share a device and, unless dtypes is False, a dtype."""
+    if tensor.device != other.device or (dtypes and tensor.dtype != other.dtype):
+        what = "device and dtype" if dtypes else "device"
+        raise ValueError(f"{name} must have the {what} of {other_name} ({describe(other)}); got {describe(tensor)}")
+
+
+def require_rope_head_dim(head_dim: int) -> None:
+    """Raise ValueError unless both channels of every rotation pair share an axis of Lumos-1's map."""
+    if head_dim % 32:
+        raise ValueError(
+            f"head_dim must be a multiple of 32, so that both channels of a rotation pair share an axis; got {head_dim}"
+        )
+
+
+def require_classes(classes: tuple[int, int], weight: Tensor) -> None:
+    """Raise ValueError unless classes = (first, last) names rows first .. last - 1 of `weight`, at least one."""
+    first, last = classes
+    if not 0 <= first < last <= weight.shape[0]:
+        raise ValueError(f"classes must satisfy 0 <= first < last <= {weight.shape[0]} (rows of weight); got {classes}")

@@ -1,0 +1,41 @@
+"""The public frame_layout: validation and documentation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import errors
+from . import ops  # noqa: F401  # defines torch.ops.lumos_kernels.frame_layout
+from .contract import Outputs
+from .frames import check_documents
+
+
+def frame_layout(input_ids: Tensor, cu_seqlens: Tensor, *, check: bool = False, impl: str = "auto") -> Outputs:
+    """Read off token ids where a packed stream's frames lie, without a host sync. FrameLayout is built from this.
+
+    Args:
+        input_ids: int32 or int64 [T], the packed stream, masked (id 9003) or not. Values fit in 32 bits.
+        cu_seqlens: int32 or int64 [B + 1], on the same device: document b is the tokens cu_seqlens[b] <= i <
+            cu_seqlens[b + 1].
+        check: validate the documents first, which reads the tensors (a host sync on GPUs).
+        impl: "auto", "native" or "reference". An explicit choice never falls back.
+
+    Returns:
+        contract.Outputs: positions int32 [3, T], content bool [T], frame_index int32 [T], and the row limits kv_start,
+        kv_end, q_start, q_end, int32 [T]. FrameLayout says what they mean.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or an explicit `impl` cannot run. With check also: a header without
+            a size, a truncated frame, content that does not match its size; the message names document and frame.
+
+    Source: arXiv 2507.08801 section 3.2 and 3.3; equal to the official positions and mask on tests/golden.
+    """
+    errors.require_shape("input_ids", input_ids, "T")
+    errors.require_dtype("input_ids", input_ids, errors.INTEGERS)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in errors.INTEGERS:
+        raise ValueError(f"cu_seqlens must be int32 or int64 [B + 1]; got {errors.describe(cu_seqlens)}")
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    if check:
+        check_documents(input_ids, cu_seqlens)
+    return Outputs(*torch.ops.lumos_kernels.frame_layout.default(input_ids, cu_seqlens, impl))

@@ -1,0 +1,6 @@
+"""mm_rope in Triton: compiled for sm_80, sm_90 and sm_100, run in the interpreter, not yet run on a GPU."""
+
+from __future__ import annotations
+
+from .backward import backward as backward
+from .forward import forward as forward

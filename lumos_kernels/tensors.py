@@ -1,0 +1,32 @@
+"""Facts about tensors that the implementations share: strides, the width of offsets, the current device."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+def unit_last_stride(tensor: Tensor) -> Tensor:
+    """Return the tensor itself where its last dimension is dense, else a contiguous copy.
+
+    Upstream gradients come with any strides: autograd delivers them through expand, transpose and cat.
+    """
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def needs_int64_offsets(*tensors: Tensor) -> bool:
+    """Return whether an element of one of the tensors lies 2^31 or more elements from the first one."""
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(t.shape, t.stride(), strict=True)) > INT32_MAX
+        for t in tensors
+        if t.numel()
+    )
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU the current one while kernels launch: Triton and CUDA launch on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,78 @@
+"""The contract of an implementation of tube_masked_loss, and which implementations there are.
+
+Of T rows only the N target rows matter, of V vocabulary columns only the K of the class slice. With logits = x W^T over
+that slice,
+    lse = logsumexp(logits),   nll = lse - logit of the target,   row loss = token_weight * nll + z_loss_weight * lse^2.
+
+Forward makes the statistics and, where wanted, the gradients of the SUM of the row losses: a training step needs no
+second pass over the logits. Backward is for upstream gradients that differ from row to row, and makes the logits again.
+
+Legend: T tokens, N target rows, C hidden size, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from torch import Tensor
+
+from .. import dispatch
+
+
+class Inputs(NamedTuple):
+    """What an implementation gets: tensors on one device whose shapes and dtypes passed the checks."""
+
+    hidden: Tensor  # [T, C]
+    weight: Tensor  # [K, C], the class slice, in hidden's dtype
+    targets: Tensor  # int64 [N], in [0, K)
+    rows: Tensor  # int64 [N], N >= 1: the target rows of hidden
+
+
+class RowLoss(NamedTuple):
+    """The row loss whose sum forward differentiates."""
+
+    token_weight: Tensor | None  # [N], fp32 or wider; None for ones
+    z_loss_weight: float
+
+
+class Wanted(NamedTuple):
+    """The gradients that an implementation makes."""
+
+    hidden: bool
+    weight: Tensor | None  # unwritten [K, C], fp32 or wider: where the gradient of the class slice goes
+
+
+class Outputs(NamedTuple):
+    """What forward gives."""
+
+    nll: Tensor  # [N], fp32 (fp64 for fp64 inputs), as lse
+    lse: Tensor  # [N]; saved for backward
+    correct: Tensor  # bool [N]: the target is the first of the highest logits
+    dhidden: Tensor | None  # [T, C] in hidden's dtype, zero on other rows; None where not wanted
+
+
+class StatisticGradients(NamedTuple):
+    """The gradients that arrive at the statistics."""
+
+    nll: Tensor  # [N]
+    lse: Tensor  # [N]
+
+
+class Implementation(Protocol):
+    """A module of this folder."""
+
+    def forward(self, inputs: Inputs, loss: RowLoss, wanted: Wanted) -> Outputs: ...
+
+    def backward(self, inputs: Inputs, lse: Tensor, grad: StatisticGradients, wanted: Wanted) -> Tensor | None:
+        """Return the gradient of hidden where it is wanted, and write that of the class slice."""
+        ...
+
+
+OP: dispatch.Op[Implementation] = dispatch.register("tube_masked_loss", __package__, dispatch.USUAL)
+
+if TYPE_CHECKING:  # mypy holds every implementation to the Protocol
+    from . import native, reference, triton
+
+    _triton: Implementation = triton
+    _native: Implementation = native
+    _reference: Implementation = reference
