@@ -1,5 +1,6 @@
 """The GPU tests themselves, on the CPU: they pass on what is right, and each kind of fault is caught by its test."""
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -36,87 +37,91 @@ def load(monkeypatch):
     return load
 
 
-def _leak(forward, q, k, v, limits, scale):
+def _leak(forward, inputs):
     """Every row sees one key more than it may."""
+    limits = inputs.limits
     kv_end = (limits.kv_end + 1).clamp_max(limits.num_keys)
-    return forward(q, k, v, RowLimits(limits.kv_start, kv_end, limits.q_start, limits.q_end), scale)
+    return forward(inputs._replace(limits=RowLimits(limits.kv_start, kv_end, limits.q_start, limits.q_end)))
 
 
-def _scaled(forward, q, k, v, limits, scale):
-    return forward(q, k, v, limits, scale * (1.0 if q.dtype == torch.float64 else 1.02))
+def _scaled(forward, inputs):
+    return forward(inputs._replace(scale=inputs.scale * (1.0 if inputs.q.dtype == torch.float64 else 1.02)))
 
 
-def _leak_backward(backward, grad_o, grad_lse, q, k, v, o, lse, limits, *options):
-    dq, dk, dv = backward(grad_o, grad_lse, q, k, v, o, lse, limits, *options)
-    return dq, dk, dv if q.dtype == torch.float64 else dv + 0.3 * dv.abs().mean(0, keepdim=True)
+def _leak_backward(backward, inputs, *rest, deterministic):
+    right = backward(inputs, *rest, deterministic=deterministic)
+    dv = right.v
+    return right if dv.dtype == torch.float64 else right._replace(v=dv + 0.3 * dv.abs().mean(0, keepdim=True))
 
 
-def _keyless(forward, q, k, v, limits, scale):
-    o, lse = forward(q, k, v, limits, scale)
-    return torch.where((limits.kv_end > limits.kv_start)[:, None, None], o, v[0, 0]), lse
+def _keyless(forward, inputs):
+    o, lse = forward(inputs)
+    has_keys = inputs.limits.kv_end > inputs.limits.kv_start
+    return torch.where(has_keys[:, None, None], o, inputs.v[0, 0]), lse
 
 
-def _mixed_tokens(forward, q, *rest):
-    q_out, k_out = forward(q, *rest)
+def _mixed_tokens(forward, inputs):
+    q_out, k_out = forward(inputs)
     return q_out, k_out + 1e-2 * k_out.mean(0, keepdim=True)
 
 
-def _turned(forward, q, k, positions, *rest):
+def _turned(forward, inputs):
     """Wrong in the first call alone: the ones after it are the yardstick."""
-    first = not hasattr(positions, "met")
-    positions.met = True
-    return forward(q, k, positions + first, *rest)
+    first = not hasattr(inputs.positions, "met")
+    inputs.positions.met = True
+    return forward(inputs._replace(positions=inputs.positions + first))
 
 
-def _unwritten(forward, q, *rest):
-    q_out, k_out = forward(q, *rest)
+def _unwritten(forward, inputs):
+    q_out, k_out = forward(inputs)
     out = torch.empty(q_out.shape, dtype=q_out.dtype)
     out[:-1] = q_out[:-1]
     return out, k_out
 
 
-def _random(forward, q, *rest):
-    q_out, k_out = forward(q, *rest)
+def _random(forward, inputs):
+    q_out, k_out = forward(inputs)
     return q_out * (1 + 0.1 * torch.rand(())), k_out
 
 
-def _in_place(forward, q, *rest):
-    outputs = forward(q, *rest)
-    q.mul_(2)
+def _in_place(forward, inputs):
+    outputs = forward(inputs)
+    inputs.q.mul_(2)
     return outputs
 
 
-def _dense_strides(backward, grad_q, *rest):
+def _dense_strides(backward, inputs, grad):
     """Reads the gradient as if it were contiguous."""
-    strides = torch.empty(grad_q.shape, device="meta").stride()
-    needed = sum((size - 1) * stride for size, stride in zip(grad_q.shape, strides, strict=True)) + 1
-    room = grad_q.untyped_storage().nbytes() // grad_q.element_size() - grad_q.storage_offset()
-    return backward(grad_q.as_strided(grad_q.shape, strides) if room >= needed else grad_q, *rest)
+    strides = torch.empty(grad.q.shape, device="meta").stride()
+    needed = sum((size - 1) * stride for size, stride in zip(grad.q.shape, strides, strict=True)) + 1
+    room = grad.q.untyped_storage().nbytes() // grad.q.element_size() - grad.q.storage_offset()
+    return backward(inputs, grad._replace(q=grad.q.as_strided(grad.q.shape, strides)) if room >= needed else grad)
 
 
-def _ignored_row(forward, hidden, weight, targets, rows, *rest):
-    *stats, dhidden = forward(hidden, weight, targets, rows, *rest)
-    if dhidden is not None:
-        ignored = torch.ones(len(hidden), dtype=torch.bool).index_fill_(0, rows, False).nonzero()[0]
-        dhidden[ignored] = 1e-6
-    return *stats, dhidden
+def _ignored_row(forward, inputs, *rest):
+    outputs = forward(inputs, *rest)
+    if outputs.dhidden is not None:
+        ignored = torch.ones(len(inputs.hidden), dtype=torch.bool).index_fill_(0, inputs.rows, False).nonzero()[0]
+        outputs.dhidden[ignored] = 1e-6
+    return outputs
 
 
-def _shifted_loss(forward, hidden, *rest):
-    nll, *others = forward(hidden, *rest)
-    return nll * (1.0 if hidden.dtype == torch.float64 else 1.01), *others
+def _shifted_loss(forward, inputs, *rest):
+    outputs = forward(inputs, *rest)
+    return outputs._replace(nll=outputs.nll * (1.0 if inputs.hidden.dtype == torch.float64 else 1.01))
 
 
-def _next_key(forward, cond, uncond, weight, row_keys, *rest):
-    return forward(cond, uncond, weight, None if row_keys is None else row_keys + 1, *rest)
+def _next_key(forward, inputs):
+    return forward(inputs if inputs.row_keys is None else inputs._replace(row_keys=inputs.row_keys + 1))
 
 
-def _mixed_rows(forward, cond, *rest):
-    return forward(cond + cond.mean(0, keepdim=True), *rest)
+def _mixed_rows(forward, inputs):
+    cond = inputs.hidden_cond
+    return forward(inputs._replace(hidden_cond=cond + cond.mean(0, keepdim=True)))
 
 
-def _certain(forward, *arguments):
-    ids, confidence = forward(*arguments)
+def _certain(forward, inputs):
+    ids, confidence = forward(inputs)
     return ids, confidence.sqrt()
 
 
@@ -166,7 +171,7 @@ def test_a_fault_is_caught(module, function, fault, file, test, load, monkeypatc
     tests = load(file)
     call(tests, test, OP_OF[module])
     right = getattr(module, function)
-    monkeypatch.setattr(module, function, lambda *arguments: fault(right, *arguments))
+    monkeypatch.setattr(module, function, functools.partial(fault, right))
     with pytest.raises(AssertionError):
         call(tests, test, OP_OF[module])
 
