@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import astuple, dataclass, fields
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ logger = logging.getLogger("lumos_kernels")
 PROVEN: Mapping[tuple[str, str], Mapping[str, str]] = {}
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The facts of a call for which an implementation may refuse it."""
 
     device: str  # "cpu", "cuda", ...

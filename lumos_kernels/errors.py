@@ -30,15 +30,16 @@ def require_shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
     sizes: the sizes that are known by name, e.g. T=128. A number in `dims` stands for itself; a name that is not in
         sizes matches any size.
     """
-    names = [dim.strip() for dim in dims.split(",")]
-    sizes |= {dim: int(dim) for dim in names if dim.isdigit()}
-    fits = tensor.dim() == len(names) and all(
-        sizes.get(dim, have) == have for dim, have in zip(names, tensor.shape, strict=True)
-    )
-    if not fits:
-        known = ", ".join(f"{dim} = {sizes[dim]}" for dim in dict.fromkeys(names) if dim in sizes and not dim.isdigit())
-        where = f" with {known}" if known else ""
-        raise ValueError(f"{name} must be [{dims}]{where}; got {describe(tensor)}")
+    names, shape = dims.split(", "), tensor.shape
+    if len(names) == len(shape):
+        for dim, have in zip(names, shape, strict=True):
+            if have != (int(dim) if dim.isdigit() else sizes.get(dim, have)):
+                break
+        else:
+            return
+    known = ", ".join(f"{dim} = {sizes[dim]}" for dim in dict.fromkeys(names) if dim in sizes)
+    where = f" with {known}" if known else ""
+    raise ValueError(f"{name} must be [{dims}]{where}; got {describe(tensor)}")
 
 
 def require_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:

@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from lumos_kernels import Frame, FrameLayout, RowLimits, Text, dispatch, library
 from lumos_kernels.frame_layout import reference
+from lumos_kernels.frame_layout.api import frame_layout
 from lumos_kernels.frame_layout.contract import Inputs
 from lumos_kernels.frame_layout.frames import frame_skeleton
+from lumos_kernels.testing import assert_bitwise_equal
 
 START, END, LINE, MASK, NUMBER, CODE = 8197, 8196, 8803, 9003, 8804, 65536
 FIELDS = ("cu_seqlens", "positions", "content", "frame_index")
@@ -325,6 +327,31 @@ def test_check_refuses_cu_seqlens_that_do_not_cover_the_tokens(cu_seqlens):
 def test_from_tokens_refuses_by_name(ids, cu_seqlens, name):
     with pytest.raises(ValueError, match=f"^{name}"):
         FrameLayout.from_tokens(ids, cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("ids", "cu_seqlens", "options", "message"),
+    [
+        (torch.zeros(1, 4, dtype=torch.int64), torch.tensor([0, 4]), {}, r"input_ids must be int32 or int64 \[T\]"),
+        (torch.zeros(4), torch.tensor([0, 4]), {}, "input_ids must be int32 or int64"),
+        (torch.zeros(4, dtype=torch.int64), torch.tensor(4), {}, "cu_seqlens must be int32 or int64"),
+        (torch.zeros(4, dtype=torch.int64), torch.tensor([0, 3]), {"check": True}, "cu_seqlens must rise from 0 to"),
+        (torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]), {"impl": "triton"}, "there are native, reference"),
+    ],
+)
+def test_frame_layout_refuses_by_name(ids, cu_seqlens, options, message):
+    with pytest.raises(ValueError, match=message):
+        frame_layout(ids, cu_seqlens, **options)
+
+
+def test_frame_layout_is_what_from_tokens_reads(implementation):
+    ids = torch.tensor(token_ids(VIDEO), dtype=torch.int32)
+    layout = FrameLayout.from_tokens(ids[None])
+    for bounds in (torch.tensor([0, len(ids)]), torch.tensor([0, len(ids)], dtype=torch.int32)):
+        read = frame_layout(ids, bounds, check=True, impl=implementation)
+        expected = layout.positions, layout.content, layout.frame_index, *vars(layout.limits).values()
+        for value, wanted in zip(read, expected, strict=True):
+            assert_bitwise_equal(value.int(), wanted.int())
 
 
 @pytest.mark.parametrize(

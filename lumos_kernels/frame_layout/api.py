@@ -31,11 +31,16 @@ def frame_layout(input_ids: Tensor, cu_seqlens: Tensor, *, check: bool = False, 
 
     Source: arXiv 2507.08801 section 3.2 and 3.3; equal to the official positions and mask on tests/golden.
     """
-    errors.require_shape("input_ids", input_ids, "T")
-    errors.require_dtype("input_ids", input_ids, errors.INTEGERS)
+    if input_ids.dim() != 1 or input_ids.dtype not in errors.INTEGERS:
+        raise ValueError(f"input_ids must be int32 or int64 [T]; got {errors.describe(input_ids)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in errors.INTEGERS:
         raise ValueError(f"cu_seqlens must be int32 or int64 [B + 1]; got {errors.describe(cu_seqlens)}")
-    cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = int32(cu_seqlens)
     if check:
         check_documents(input_ids, cu_seqlens)
     return Outputs(*torch.ops.lumos_kernels.frame_layout.default(input_ids, cu_seqlens, impl))
+
+
+def int32(cu_seqlens: Tensor) -> Tensor:
+    """Return cu_seqlens as the op takes them. A tensor that is int32 stays itself without a call into torch."""
+    return cu_seqlens if cu_seqlens.dtype == torch.int32 else cu_seqlens.to(torch.int32)
