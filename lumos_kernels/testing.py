@@ -7,7 +7,7 @@ same mathematics run eagerly in the same precision, plus one rounding of the out
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -46,6 +46,15 @@ def assert_close_to_reference(actual: Tensor, low: Tensor, high: Tensor, name: s
             f"{float(actual[index]):.9g} against {float(high[index]):.9g}, error {float(ours_error[index]):.3e}, "
             f"allowed {float(budget[index]):.3e}; largest eager error {float(eager_error):.3e}"
         )
+
+
+def farthest(draws: Iterable[Tensor], high: Tensor) -> Tensor:
+    """Return the draw that is farthest from `high`, to be the `low` of assert_close_to_reference.
+
+    draws: the eager reference's results of one computation with its sums in several orders. The error of a single
+        result with few independent elements is a matter of luck, and may be zero.
+    """
+    return max(draws, key=lambda draw: float((draw.double() - high.double()).nan_to_num().abs().max()))
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor, name: str = "output") -> None:

@@ -1,0 +1,49 @@
+"""The eager error of few numbers is a matter of luck: their sums may happen to be exact. These helpers repeat an eager
+computation with its channels in other orders, which change nothing but the rounding of the sums over them. The draw
+that lies farthest from fp64 is then the yardstick: testing.farthest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+DRAWS = 32
+
+
+def _orders(size: int, device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random order of `size` things, and the order that undoes it."""
+    order = torch.randperm(size, generator=generator).to(device)
+    return order, order.argsort()
+
+
+def loss_draws(
+    run: Callable[..., Sequence[Tensor]], hidden: Tensor, weight: Tensor, labels: Tensor, classes: tuple[int, int]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Loss, nll, lse, dhidden and dweight by `run(hidden, weight, labels)` in DRAWS orders of channels and classes."""
+    first, last = classes
+    is_target = (labels >= first) & (labels < last)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(DRAWS):
+        channels, back = _orders(hidden.shape[1], hidden.device, generator)
+        rows = torch.arange(len(weight), device=hidden.device)
+        rows[first:last] = first + _orders(last - first, hidden.device, generator)[0]
+        targets = torch.where(is_target, rows.argsort()[labels * is_target], labels)
+        loss, nll, lse, dhidden, dweight = run(hidden[:, channels], weight[rows][:, channels], targets)
+        yield loss, nll, lse, dhidden[:, back], dweight[rows.argsort()][:, back]
+
+
+def attention_draws(
+    run: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], upstream: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """o, lse, dq, dk and dv by `run([q, k, v], [grad_o, ...])` in DRAWS orders of the channels of q, k and of v, o."""
+    q, k, v = (leaf.detach() for leaf in leaves)
+    grad_o, *rest = upstream
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(DRAWS):
+        (of_qk, back_qk), (of_v, back_v) = (_orders(q.shape[2], q.device, generator) for _ in range(2))
+        permuted = [x.requires_grad_() for x in (q[..., of_qk], k[..., of_qk], v[..., of_v])]
+        o, lse, dq, dk, dv = run(permuted, [grad_o[..., of_v], *rest])
+        yield o[..., back_v], lse, dq[..., back_qk], dk[..., back_qk], dv[..., back_v]
