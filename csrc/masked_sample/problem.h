@@ -34,8 +34,7 @@ struct MaskedSampleState {
 /// The kernels of one instruction set, for rows first .. last - 1.
 struct MaskedSampleKernels {
   /// Draws from a block of classes and updates the state.
-  void (*reduce)(
-const MaskedSampleBlock& block, const MaskedSampleState& state, int64_t first, int64_t last);
+  void (*reduce)(const MaskedSampleBlock& block, const MaskedSampleState& state, int64_t first, int64_t last);
   /// Writes the probability of each row's class to confidence [R], after the last block.
   void (*finish)(const MaskedSampleState& state, float* confidence, int64_t first, int64_t last);
 };
