@@ -103,8 +103,8 @@ struct RowStats {
     return shift + std::log(total);
   }
 
-  /// Returns true if torch.argmax prefers a class of the block to the target, of logit target_logit. `earlier` says that
-  /// the block precedes the target's, so that it wins ties.
+  /// Returns true if torch.argmax prefers a class of the block to the target. An `earlier` block precedes the target's,
+  /// so that it wins ties.
   bool beats(int64_t block, float target_logit, bool earlier) const {
     const bool has_nan = sum[block] != sum[block];
     if (target_logit != target_logit) return earlier && has_nan;
