@@ -9,8 +9,8 @@
 // panels of kColumns columns, whose pairs are loaded as vectors.
 //
 // The register block is kRows x kColumns sums: kRows * 2 accumulators and two vectors of the right factor take 26 of
-// the 32 registers. multiply goes through the sum in blocks of kDepth pairs and multiplies every tile with a panel of that
-// depth. add_outer multiplies a group of kGroup tiles with each panel, over all pairs.
+// the 32 registers. multiply goes through the sum in blocks of kDepth pairs and multiplies every tile with a panel of
+// that depth. add_outer multiplies a group of kGroup tiles with each panel, over all pairs.
 #include <immintrin.h>
 
 #include <algorithm>

@@ -53,8 +53,8 @@ void packed_matmul_bf16(Tensor packed, Tensor weight, Tensor out, int64_t isa) {
   });
 }
 
-/// Computes out += left^T right. out is fp32 [N, C] and contiguous. left [R, N] and right [R, C] are bf16 with unit last
-/// strides.
+/// Computes out += left^T right. out is fp32 [N, C] and contiguous. left [R, N] and right [R, C] are bf16 with
+/// unit last strides.
 void add_outer_bf16(Tensor left, Tensor right, Tensor out, int64_t isa) {
   const Bf16Matmul& matmul = checked_bf16_matmul(isa);
   const Bf16Matrix rows = bf16_matrix(left), columns = bf16_matrix(right);
@@ -88,8 +88,8 @@ Tensor pack_rows_fp32(Tensor x, int64_t isa) {
   return packed;
 }
 
-/// Computes out = x weight^T, where packed is pack_rows_fp32(x). out is fp32 [R, N] and contiguous. weight is [N, C], of
-/// any dtype, with a unit last stride.
+/// Computes out = x weight^T, where packed is pack_rows_fp32(x). out is fp32 [R, N] and contiguous. weight is [N, C],
+/// of any dtype, with a unit last stride.
 void packed_matmul_fp32(Tensor packed, Tensor weight, Tensor out, int64_t isa) {
   const Fp32Matmul& matmul = fp32_matmul(isa);
   const Fp32Weight right{dtype_of(weight), weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0)};
