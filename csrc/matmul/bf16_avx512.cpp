@@ -67,8 +67,6 @@ inline __mmask16 first_lanes(int64_t count) {
   }
 }
 
-// ---- packing ----
-
 /// Transposes 16 x 16 uint32.
 inline void transpose(__m512i (&x)[16]) {
   __m512i y[16];
@@ -157,8 +155,6 @@ void pack_columns(const Bf16Matrix& from, int64_t panel, uint32_t* packed) {
     }
   }
 }
-
-// ---- products ----
 
 void multiply(const uint32_t* packed, int64_t rows, const Bf16Matrix& weight, float* out, int64_t first,
               int64_t last) {

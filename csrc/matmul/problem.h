@@ -13,8 +13,6 @@
 
 namespace lumos {
 
-// ---- bf16 ----
-
 inline constexpr int64_t kBf16TileRows = 12;  // rows of a tile of the left factor
 inline constexpr int64_t kBf16Panel = 32;     // columns of a panel of the right factor
 inline constexpr int64_t kBf16Group = 96;     // rows of the result that one call of add_outer computes
@@ -43,8 +41,6 @@ struct Bf16Matmul {
 };
 
 extern const Bf16Matmul kBf16MatmulAvx512;
-
-// ---- fp32 ----
 
 inline constexpr int64_t kFp32TileRows = 6;  // rows of a tile of the left factor
 
