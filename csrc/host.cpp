@@ -1,4 +1,5 @@
-// The Python side of the compiled library that needs no tensors: which instruction sets there are. No torch headers.
+// The module _host tells Python which instruction sets the compiled kernels have and this CPU runs. It takes no
+// tensors, and includes no torch headers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -46,6 +47,6 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "What the compiled library offers on this CPU.";
   m.def("supported_isas", supported_isas, "Instruction sets with compiled kernels that this CPU runs, best first.");
   m.def("supported_models", supported_models, "Instruction sets in software that this CPU runs, for tests.");
-  m.attr("ISA_VALUES") = isa_values();  // what the ops of _ops.so take for `isa`
+  m.attr("ISA_VALUES") = isa_values();  // the values that the ops of _ops.so take for `isa`
   m.attr("COMPILER") = compiler();
 }

@@ -1,4 +1,14 @@
-// One pass over the tokens with the latest document and frame in registers; a second one transposes the limits.
+// Reads frame_layout on the CPU. The specification is lumos_kernels/frame_layout/reference.py.
+//
+// A frame is a start token, the numbers of grid rows and columns, then for each row its codes and a new line, then an
+// end token. Its content is the codes and new lines. Content token `offset` lies in grid row offset / line and column
+// offset % line, where line = columns + 1. With p the index in its document of the first content token,
+//     content:  time = p + kTimeStride * frame,  height = p + kSpaceStride * row,  width = p + kSpaceStride * column
+//     other:    time = height = width = index in the document
+//     kv_start = the document's start
+//     kv_end   = the index behind the frame's end token for the tokens of a frame, i + 1 for the others
+//
+// One pass over the tokens holds the latest document and frame in registers. A second pass transposes the limits.
 #include "frame_layout/problem.h"
 
 #include <algorithm>
@@ -6,11 +16,11 @@
 namespace lumos {
 namespace {
 
-// Token ids and strides of Lumos-1, as in lumos_kernels/layout.py.
+// Token ids and strides of Lumos-1, as in lumos_kernels/token_ids.py and lumos_kernels/frame_layout/frames.py.
 constexpr int64_t kFrameStart = 8197, kNumberBase = 8804, kMask = 9003;
 constexpr int32_t kGridUnit = 4, kFrameHeader = 3, kTimeStride = 4, kSpaceStride = 8;
 
-/// The grid rows or columns that an id of a frame header writes, 0 where it writes none.
+/// Returns the number of grid rows or columns that the id at `at` of a frame header encodes, or 0 if it encodes none.
 template <typename Id>
 int32_t header_number(const Id* ids, int64_t tokens, int64_t at) {
   if (at >= tokens) return 0;
@@ -18,15 +28,16 @@ int32_t header_number(const Id* ids, int64_t tokens, int64_t at) {
   return id > kNumberBase && id < kMask ? kGridUnit * static_cast<int32_t>(id - kNumberBase) : 0;
 }
 
-/// The latest frame start and what follows from it.
+/// The latest frame of the document. Before the first one, the defaults put no token inside a frame.
 struct FrameState {
-  int32_t content = 0;  // first content token; past the stream's start, it lies behind its frame start
-  int32_t codes = -1;   // content tokens; no token lies inside a frame of -1
-  int32_t line = 1;
-  int32_t number = -1;  // inside its document
+  int32_t content = 0;  // index of the first content token, kFrameHeader behind the frame start
+  int32_t codes = -1;   // number of content tokens, new lines included; -1 before the first frame
+  int32_t line = 1;     // number of content tokens of a grid row, new line included
+  int32_t number = -1;  // index of the frame in its document
 };
 
-/// limit never falls, so those queries with limit <= j are the first ones.
+/// Writes the number of queries with limit <= j for every key j. limit never falls, so that these are the first queries
+/// of the stream. `read` keeps kv_end from falling.
 void transpose(const int32_t* limit, int64_t tokens, int32_t* queries_before) {
   int64_t query = 0;
   for (int64_t key = 0; key < tokens; ++key) {
@@ -42,7 +53,7 @@ void read(const Id* ids, int64_t tokens, const int32_t* cu_seqlens, int64_t docu
   int32_t* const width = height + tokens;
   int64_t document = 0;
   int32_t begin = tokens ? cu_seqlens[0] : 0, end = tokens ? cu_seqlens[1] : 0;
-  int32_t first_content = 0;  // of the document, counted inside it
+  int32_t first_content = 0;  // index in the document of its first frame's first content token
   int32_t previous_kv_end = 0;
   FrameState frame;
   for (int32_t i = 0; i < tokens; ++i) {
@@ -69,7 +80,7 @@ void read(const Id* ids, int64_t tokens, const int32_t* cu_seqlens, int64_t docu
     out.content[i] = content;
     out.frame_index[i] = content ? frame.number : -1;
     out.kv_start[i] = begin;
-    // A frame that starts before the last one ended would step back: malformed, but limits stay monotone.
+    // In a malformed stream a frame may start before the last one ended. The maximum keeps kv_end from falling.
     const int32_t kv_end = inside ? std::min(frame.content + frame.codes + 1, end) : i + 1;
     previous_kv_end = out.kv_end[i] = std::max(kv_end, previous_kv_end);
   }

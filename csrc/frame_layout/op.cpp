@@ -1,4 +1,4 @@
-// The reading of layouts under torch's stable ABI; see ops.cpp for the others.
+// Registers frame_layout under torch's stable ABI.
 #include <tuple>
 
 #include "frame_layout/problem.h"
@@ -7,7 +7,8 @@
 namespace lumos {
 namespace {
 
-/// ids int32 or int64 [T], cu_seqlens int32 [B + 1], both contiguous.
+/// Returns positions, content, frame_index, kv_start, kv_end, q_start and q_end. ids is int32 or int64 [T], and
+/// cu_seqlens is int32 [B + 1]. Both are contiguous.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frame_layout(Tensor ids, Tensor cu_seqlens) {
   const int64_t tokens = ids.size(0), documents = cu_seqlens.size(0) - 1;
   STD_TORCH_CHECK(tokens == 0 || documents > 0, "cu_seqlens holds no document for ", tokens, " tokens");

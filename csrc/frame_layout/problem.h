@@ -1,11 +1,12 @@
-// The description of a packed stream of text and frames, read off its token ids (lumos_kernels/layout.py).
+// frame_layout on the CPU describes a packed stream of text and frames, which it reads from the token ids. See
+// FrameLayout in lumos_kernels/layout.py.
 #pragma once
 
 #include <cstdint>
 
 namespace lumos {
 
-/// Where the results go. All int32 [tokens] but for positions, three of these in a row, and content, bool [tokens].
+/// The results to write. positions is [3, tokens], and every other array is [tokens].
 struct FrameLayoutOut {
   int32_t* positions;
   bool* content;
@@ -16,7 +17,8 @@ struct FrameLayoutOut {
   int32_t* q_end;
 };
 
-/// Document b is the tokens cu_seqlens[b] <= i < cu_seqlens[b + 1]; there is at least one wherever there are tokens.
+/// Reads the layout of the ids. Document b consists of the tokens cu_seqlens[b] <= i < cu_seqlens[b + 1]. If there are
+/// tokens, there is at least one document.
 void read_frame_layout(const int64_t* ids, int64_t tokens, const int32_t* cu_seqlens, int64_t documents,
                        const FrameLayoutOut& out);
 void read_frame_layout(const int32_t* ids, int64_t tokens, const int32_t* cu_seqlens, int64_t documents,

@@ -1,4 +1,4 @@
-// Registers the row passes of masked_sample under torch's stable ABI. Its matmuls are in matmul/op.cpp.
+// Registers the row passes of masked_sample under torch's stable ABI. matmul/op.cpp registers the matmuls.
 #include <optional>
 
 #include "masked_sample/problem.h"
@@ -11,16 +11,16 @@ const MaskedSampleKernels& masked_sample_kernels(int64_t isa) {
   return kernels_for(isa, kMaskedSampleAvx512, kMaskedSampleAvx2, kMaskedSampleBase);
 }
 
-/// score, logit and maximum are fp32, ids are int64, sum is fp64; all are [R] and contiguous.
+/// score, logit and maximum are fp32, ids is int64, and sum is fp64. All are [R] and contiguous.
 MaskedSampleState masked_sample_state(const Tensor& score, const Tensor& ids, const Tensor& logit,
                                       const Tensor& maximum, const Tensor& sum) {
   return {score.mutable_data_ptr<float>(), ids.mutable_data_ptr<int64_t>(), logit.mutable_data_ptr<float>(),
           maximum.mutable_data_ptr<float>(), sum.mutable_data_ptr<double>()};
 }
 
-/// Applies guidance and temperature to a block of logits, in place, and adds the block to the state, which first = 0
-/// initialises. logits are fp32 [R, classes], or [2 R, classes] with guidance: the conditional rows, then the
-/// unconditional ones. keys are int64 [R, 2]. Both are contiguous.
+/// Applies guidance and temperature to a block of logits, in place, and updates the state with the block. The block
+/// with first = 0 initialises the state. logits is fp32 [R, classes], or with guidance [2 R, classes]: the conditional
+/// rows, then the unconditional ones. keys is int64 [R, 2]. Both are contiguous.
 void masked_sample_reduce(Tensor logits, std::optional<Tensor> keys, bool guided, double guidance_scale,
                           double temperature, int64_t first, Tensor score, Tensor ids, Tensor logit, Tensor maximum,
                           Tensor sum, int64_t isa) {
@@ -39,7 +39,7 @@ void masked_sample_reduce(Tensor logits, std::optional<Tensor> keys, bool guided
   });
 }
 
-/// Writes the confidence, fp32 [R], of the ids that the state holds.
+/// Writes the confidence of the ids that the state holds. confidence is fp32 [R].
 void masked_sample_finish(Tensor score, Tensor ids, Tensor logit, Tensor maximum, Tensor sum, Tensor confidence,
                           int64_t isa) {
   const MaskedSampleState state = masked_sample_state(score, ids, logit, maximum, sum);

@@ -1,11 +1,16 @@
 // bf16 matmuls with fp32 sums and fp32 results. torch's CPU matmul does not offer them: it would round logits to bf16.
 //
-// VDPBF16PS multiplies pairs: acc[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1]. Both factors are therefore packed as
-// pairs along the summed dimension, a uint32 for each pair. The left factor is packed in tiles of kRows rows, whose
-// pairs are broadcast; the right factor is packed in panels of kColumns columns, whose pairs are loaded as vectors.
+//     multiply:   out[r][j]  = sum_k x[r][k] * weight[j][k]
+//     add_outer:  out[n][c] += sum_r left[r][n] * right[r][c]
+//     VDPBF16PS:  acc[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
 //
-// A register block is kRows x kColumns sums: kRows * 2 accumulators and two vectors of the right factor take 26 of the
-// 32 registers.
+// The instruction multiplies pairs. Both factors are therefore packed as pairs along the summed dimension, a uint32 for
+// each pair. The left factor is packed in tiles of kRows rows, whose pairs are broadcast. The right factor is packed in
+// panels of kColumns columns, whose pairs are loaded as vectors.
+//
+// The register block is kRows x kColumns sums: kRows * 2 accumulators and two vectors of the right factor take 26 of
+// the 32 registers. multiply goes through the sum in blocks of kDepth pairs and multiplies every tile with a panel of
+// that depth. add_outer multiplies a group of kGroup tiles with each panel, over all pairs.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -18,11 +23,11 @@ namespace {
 constexpr int64_t kRows = kBf16TileRows, kColumns = kBf16Panel;
 constexpr int64_t kDepth = 128;  // pairs summed at once: a panel of 16 KB stays in L1 beside a tile
 
-/// A tile of the result: the rows and columns of it that exist, and whether to add to what it holds.
+/// A tile of the result. At an edge, fewer than kRows rows and kColumns columns exist.
 struct Tile {
   float* to;
-  int64_t stride, rows, columns;
-  bool add;
+  int64_t stride, rows, columns;  // columns may exceed kColumns
+  bool add;                       // add the product to the tile instead of overwriting it
 };
 
 inline __mmask16 first_lanes(int64_t count) {
@@ -62,8 +67,6 @@ inline __mmask16 first_lanes(int64_t count) {
   }
 }
 
-// ---- packing ----
-
 /// Transposes 16 x 16 uint32.
 inline void transpose(__m512i (&x)[16]) {
   __m512i y[16];
@@ -91,8 +94,7 @@ inline void transpose(__m512i (&x)[16]) {
   for (int i = 0; i < 16; ++i) x[i] = y[i];
 }
 
-/// Loads pairs begin .. begin + 15 of 16 rows and transposes them. Pairs beyond the columns and rows beyond the last
-/// one are zero.
+/// Loads pairs begin .. begin + 15 of 16 rows and transposes them. The padding beyond the last column and row is zero.
 inline void load_pairs(const Bf16Matrix& from, int64_t row, int64_t begin, __m512i (&to)[16]) {
   const int64_t left = std::min<int64_t>(32, from.columns - 2 * begin);
   const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1;
@@ -103,7 +105,8 @@ inline void load_pairs(const Bf16Matrix& from, int64_t row, int64_t begin, __m51
   transpose(to);
 }
 
-/// Packs kColumns rows of the matrix, which are columns of the result, into a panel: `pairs` pairs from `begin` on.
+/// Packs pairs begin .. begin + pairs - 1 of kColumns rows of the matrix into a panel [pair][kColumns]. A row of the
+/// matrix becomes a column of the panel and of the result.
 void pack_panel(const Bf16Matrix& from, int64_t row, int64_t begin, int64_t pairs, uint32_t* to) {
   __m512i block[16];
   for (int64_t half = 0; half < kColumns; half += 16) {
@@ -116,7 +119,7 @@ void pack_panel(const Bf16Matrix& from, int64_t row, int64_t begin, int64_t pair
   }
 }
 
-/// Packs the rows of tile `tile` into its place in every depth block: [depth block][tile][pair][kRows].
+/// Packs tile `tile` into its place in every depth block of packed [depth block][tile][pair][kRows].
 void pack_tile(const Bf16Matrix& from, int64_t tile, uint32_t* packed) {
   const int64_t pairs = (from.columns + 1) / 2, tiles = (from.rows + kRows - 1) / kRows;
   __m512i block[16];
@@ -132,8 +135,8 @@ void pack_tile(const Bf16Matrix& from, int64_t tile, uint32_t* packed) {
   }
 }
 
-/// Returns 16 columns of rows 2 p and 2 p + 1 for p = `pair`: each uint32 is the pair of one column, zero beyond the
-/// matrix.
+/// Returns 16 columns of rows 2 * pair and 2 * pair + 1. Each uint32 is the pair of one column. The padding beyond the
+/// matrix is zero.
 inline __m512i row_pair(const Bf16Matrix& from, int64_t pair, int64_t column) {
   const __mmask16 mask = first_lanes(from.columns - column);
   const BFloat16* at = from.data + 2 * pair * from.stride + column;
@@ -142,7 +145,7 @@ inline __m512i row_pair(const Bf16Matrix& from, int64_t pair, int64_t column) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-/// Packs kColumns columns of the matrix, paired along the rows, into panel `panel`: [panel][pair][kColumns].
+/// Packs kColumns columns of the matrix, paired along the rows, into panel `panel` of packed [panel][pair][kColumns].
 void pack_columns(const Bf16Matrix& from, int64_t panel, uint32_t* packed) {
   const int64_t pairs = (from.rows + 1) / 2;
   uint32_t* to = packed + panel * pairs * kColumns;
@@ -152,8 +155,6 @@ void pack_columns(const Bf16Matrix& from, int64_t panel, uint32_t* packed) {
     }
   }
 }
-
-// ---- products ----
 
 void multiply(const uint32_t* packed, int64_t rows, const Bf16Matrix& weight, float* out, int64_t first,
               int64_t last) {
@@ -173,7 +174,7 @@ void multiply(const uint32_t* packed, int64_t rows, const Bf16Matrix& weight, fl
   }
 }
 
-/// Tiles of the left factor that share a panel while it is in L1.
+/// The number of tiles of the left factor that share a panel while it is in L1.
 constexpr int64_t kGroup = kBf16Group / kRows;
 
 void add_outer(const Bf16Matrix& left, const uint32_t* packed, int64_t width, float* out, int64_t group,

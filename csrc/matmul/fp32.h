@@ -1,11 +1,17 @@
 // A matmul with fp32 sums of fp32 rows and weights of any dtype. Sampling uses it for fp16 and fp32, and for bf16 where
-// the CPU has no bf16 products. matmul/{base,avx2,avx512}.cpp include the vectors of their instruction set, then this.
+// the CPU has no bf16 products. base.cpp, avx2.cpp and avx512.cpp include the vectors of their instruction set, then
+// this file.
 //
-// A row of the result does not depend on any other row: a draw must depend on its own row alone, and a library's product
-// may sum a row in another order when other rows or threads join it. Here every element is summed along the columns in
-// blocks of kDepth, in order, whether its tile is whole (multiply_tile) or at an edge (multiply_edge).
+//     out[r][j] = sum_k x[r][k] * weight[j][k]
+//               = sum over blocks of kDepth columns k, in order, of (the fp32 sum over the block, in order)
 //
-// A register block is 6 rows by kVecs vectors: the sums fill 24 of AVX-512's 32 registers, or 12 of 16 elsewhere.
+// Every element of the result is summed in this order. A draw must depend on its own row alone, and a library's product
+// may sum a row in another order when other rows or threads join it. multiply_tile keeps the order, and multiply_edge
+// calls it for the tiles at an edge.
+//
+// x is packed in tiles of kRows rows. A thread packs a panel of kPanel rows of the weight and kDepth columns at a time,
+// then multiplies every tile with it. The register block is kRows x kVecs vectors of sums, which fill 24 of the 32
+// registers of AVX-512, or 12 of 16 elsewhere.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +27,8 @@ constexpr int64_t kVecs = kLanes == 16 ? 4 : 2;
 constexpr int64_t kPanel = kVecs * kLanes;
 constexpr int64_t kDepth = 64;  // a panel of 16 KB stays in L1 beside a tile
 
-/// Packs the rows of tile `tile`, zeros beyond the last row, into its place in every depth block:
-/// [depth block][tile][kDepth][kRows].
+/// Packs tile `tile` into its place in every depth block of packed [depth block][tile][kDepth][kRows]. The padding
+/// beyond the last row is zero.
 void pack_tile(const float* x, int64_t rows, int64_t columns, int64_t stride, int64_t tile, float* packed) {
   const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t begin = 0; begin < columns; begin += kDepth) {
@@ -39,8 +45,8 @@ inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float widen(Half x) { return to_float(x); }
 
-/// Packs rows row .. row + kPanel - 1 of the weight, which are columns of the result, to [kDepth][kPanel]; rows beyond
-/// the last one are zero.
+/// Packs columns begin .. begin + depth - 1 of rows row .. row + kPanel - 1 of the weight to a panel [kDepth][kPanel].
+/// A row of the weight becomes a column of the panel and of the result. The padding is zero.
 template <class T>
 void pack_panel(const Fp32Weight& weight, int64_t row, int64_t begin, int64_t depth, float* to) {
   alignas(64) float wide[kPanel * kDepth];
@@ -68,7 +74,8 @@ void pack_panel(const Fp32Weight& weight, int64_t row, int64_t begin, int64_t de
   }
 }
 
-/// Writes, or adds, the product of left [depth][kRows] and right [depth][kPanel] to a whole tile [kRows][kPanel].
+/// Multiplies left [depth][kRows] with right [depth][kPanel]. Writes the product to a whole tile [kRows][kPanel] of the
+/// result, or adds it if `add`.
 inline void multiply_tile(const float* left, const float* right, int64_t depth, bool add, float* to, int64_t stride) {
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 8
@@ -97,7 +104,7 @@ inline void multiply_tile(const float* left, const float* right, int64_t depth, 
   }
 }
 
-/// As multiply_tile, for a tile of which only some rows and columns exist.
+/// Does the work of multiply_tile for a tile at an edge, of which only `rows` rows and `columns` columns exist.
 void multiply_edge(const float* left, const float* right, int64_t depth, bool add, float* to, int64_t stride,
                    int64_t rows, int64_t columns) {
   alignas(64) float tile[kRows * kPanel];
@@ -115,7 +122,7 @@ void multiply(const float* packed, int64_t rows, const Fp32Weight& weight, float
   const int64_t tiles = (rows + kRows - 1) / kRows, stride = weight.rows;
   for (int64_t column = first * kPanel; column < std::min(last * kPanel, weight.rows); column += kPanel) {
     int64_t begin = 0;
-    do {  // runs once for a weight without columns too, whose products are 0
+    do {  // a weight without columns takes one iteration, which writes zeros
       const int64_t depth = std::min(kDepth, weight.columns - begin), columns = std::min(kPanel, weight.rows - column);
       pack_panel(weight, column, begin, depth, panel);
       const float* left = packed + begin * tiles * kRows;

@@ -6,7 +6,7 @@
 namespace lumos {
 namespace {
 
-/// Returns null where the instruction set has no bf16 products.
+/// Returns null if the instruction set has no bf16 products.
 const Bf16Matmul* bf16_matmul(int64_t isa) {
   return static_cast<Isa>(isa) >= Isa::avx512_bf16 ? &kBf16MatmulAvx512 : nullptr;
 }
@@ -21,12 +21,12 @@ const Fp32Matmul& fp32_matmul(int64_t isa) {
   return kernels_for(isa, kFp32MatmulAvx512, kFp32MatmulAvx2, kFp32MatmulBase);
 }
 
-/// x is bf16 with a unit last stride.
+/// Returns a view of x, which is bf16 with a unit last stride.
 Bf16Matrix bf16_matrix(const Tensor& x) {
   return {static_cast<const BFloat16*>(x.const_data_ptr()), x.size(0), x.size(1), x.stride(0)};
 }
 
-/// Returns x [R, C], packed as the left factor of packed_matmul_bf16; an empty tensor where the instruction set has no
+/// Returns x [R, C], packed as the left factor of packed_matmul_bf16. The result is empty if the instruction set has no
 /// bf16 products.
 Tensor pack_rows_bf16(Tensor x, int64_t isa) {
   const Bf16Matmul* matmul = bf16_matmul(isa);
@@ -41,8 +41,8 @@ Tensor pack_rows_bf16(Tensor x, int64_t isa) {
   return packed;
 }
 
-/// out = x weight^T, where packed is pack_rows_bf16(x). out is fp32 [R, N] and contiguous; weight is bf16 [N, C] with a
-/// unit last stride.
+/// Computes out = x weight^T, where packed is pack_rows_bf16(x). out is fp32 [R, N] and contiguous. weight is
+/// bf16 [N, C] with a unit last stride.
 void packed_matmul_bf16(Tensor packed, Tensor weight, Tensor out, int64_t isa) {
   const Bf16Matmul& matmul = checked_bf16_matmul(isa);
   const Bf16Matrix right = bf16_matrix(weight);
@@ -53,7 +53,8 @@ void packed_matmul_bf16(Tensor packed, Tensor weight, Tensor out, int64_t isa) {
   });
 }
 
-/// out += left^T right. out is fp32 [N, C] and contiguous; left [R, N] and right [R, C] are bf16 with unit last strides.
+/// Computes out += left^T right. out is fp32 [N, C] and contiguous. left [R, N] and right [R, C] are bf16 with
+/// unit last strides.
 void add_outer_bf16(Tensor left, Tensor right, Tensor out, int64_t isa) {
   const Bf16Matmul& matmul = checked_bf16_matmul(isa);
   const Bf16Matrix rows = bf16_matrix(left), columns = bf16_matrix(right);
@@ -87,8 +88,8 @@ Tensor pack_rows_fp32(Tensor x, int64_t isa) {
   return packed;
 }
 
-/// out = x weight^T, where packed is pack_rows_fp32(x). out is fp32 [R, N] and contiguous; weight is [N, C], of any
-/// dtype, with a unit last stride.
+/// Computes out = x weight^T, where packed is pack_rows_fp32(x). out is fp32 [R, N] and contiguous. weight is [N, C],
+/// of any dtype, with a unit last stride.
 void packed_matmul_fp32(Tensor packed, Tensor weight, Tensor out, int64_t isa) {
   const Fp32Matmul& matmul = fp32_matmul(isa);
   const Fp32Weight right{dtype_of(weight), weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0)};

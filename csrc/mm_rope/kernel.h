@@ -1,9 +1,13 @@
-// MM-RoPE written once over the vocabulary of simd_*.h; each mm_rope_<isa>.cpp includes one of those, then this.
+// The kernels of mm_rope. base.cpp, avx2.cpp and avx512.cpp include the vectors of simd/<isa>.h, then this file.
 //
-// A head of D channels is D / kLanes vectors. Channel i turns with channel i + D/2, so vector i turns with vector
-// i + half. In backward, with x_hat the normalised x and g = dy * weight,
+//     x_hat = (x - mean(x)) * rstd,   y = x_hat * weight + bias,   h = D/2,   i < h
+//     out[i] = y[i] * cos_i - y[i + h] * sin_i,   out[i + h] = y[i + h] * cos_i + y[i] * sin_i
+//
+// Backward rotates the gradient of out back to dy. With g = dy * weight,
 //     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)),   dweight = sum(dy * x_hat),   dbias = sum(dy).
-// The anonymous namespace keeps every instantiation inside its own file (see simd_base.h).
+//
+// A head of D channels is D / kLanes vectors, and vector i rotates with vector i + half. A token's heads go through in
+// groups of kGroup. The anonymous namespace keeps every instantiation inside its own file (see simd/base.h).
 #pragma once
 
 #include <cstdint>
@@ -13,8 +17,6 @@
 
 namespace lumos {
 namespace {
-
-// ---- angles ----
 
 inline uint64_t bits_of(double x) {
   uint64_t bits;
@@ -30,9 +32,9 @@ inline double double_of(uint64_t bits) {
 
 /// Replaces each angle by its cosine and sine, correctly rounded but for one case in hundreds, for |angle| < 2^31.
 ///
-/// In double, without branches, so that the compiler vectorises the loop on every instruction set, and without FMA, so
-/// that all of them give the same bits. pi/2 comes in three parts: the first two have 22 bits, so that their products
-/// with the quadrant (31 bits) are exact.
+/// The loop has no branches, so that the compiler vectorises it on every instruction set, and no FMA, so that all of
+/// them give the same bits. It computes in double. pi/2 is split into three parts: the first two have 22 bits, so that
+/// their products with the quadrant (31 bits) are exact.
 inline void cos_sin(float* __restrict angle_then_cos, float* __restrict sin_out, int64_t count) {
   constexpr double kTwoOverPi = 0x1.45f306dc9c883p-1;
   constexpr double kHalfPi1 = 0x1.921fbp+0, kHalfPi2 = 0x1.5110bp-22, kHalfPi3 = 0x1.18469898cc517p-44;
@@ -41,10 +43,10 @@ inline void cos_sin(float* __restrict angle_then_cos, float* __restrict sin_out,
     const double angle = angle_then_cos[i];
     const double shifted = angle * kTwoOverPi + kToInteger;
     const uint64_t quadrant = bits_of(shifted);
-    const double turns = shifted - kToInteger;
-    const double r = ((angle - turns * kHalfPi1) - turns * kHalfPi2) - turns * kHalfPi3;
+    const double quarter_turns = shifted - kToInteger;
+    const double r = ((angle - quarter_turns * kHalfPi1) - quarter_turns * kHalfPi2) - quarter_turns * kHalfPi3;
     const double r2 = r * r;
-    // Taylor series: 7e-12 and 6e-13 from the truth at pi/4.
+    // At pi/4 the errors of these Taylor series are 7e-12 and 6e-13.
     const double sin_tail = -1.0 / 6 + r2 * (1.0 / 120 + r2 * (-1.0 / 5040 + r2 * (1.0 / 362880 - r2 / 39916800)));
     const double sin = r + r * r2 * sin_tail;
     const double cos_tail =
@@ -58,18 +60,16 @@ inline void cos_sin(float* __restrict angle_then_cos, float* __restrict sin_out,
   }
 }
 
-// ---- heads ----
-
-/// Heads that go through each step side by side. One alone waits for its sums and its square root: 32 ns a head forward
-/// and 53 backward instead of 22 and 32 (AVX-512; AVX2 50 and 67 instead of 26 and 39; bf16, D = 64, in cache, Zen 4).
-/// At 12,796 tokens non-temporal stores cost 20 % more (28 against 23 ns forward). AVX512_BF16's conversion would save
-/// 15 %, but flushes subnormals.
+/// The number of heads that go through each step side by side. A single head waits for its sums and its square root:
+/// 32 ns a head forward and 53 backward instead of 22 and 32 (AVX-512; AVX2 50 and 67 instead of 26 and 39; bf16,
+/// D = 64, in cache, Zen 4). At 12,796 tokens non-temporal stores cost 20 % more (28 against 23 ns forward). The
+/// conversion of AVX512_BF16 would save 15 %, but flushes subnormals.
 constexpr int kGroup = 4;
 
-/// Most vectors of a head to unroll for: with 32 of them (D = 128 on SSE2) one file took three minutes to compile.
+/// The most vectors of a head to unroll for. With 32 of them (D = 128 on SSE2) one file took three minutes to compile.
 constexpr int kMaxUnrolled = 8;
 
-/// Runs body(0 .. count - 1), unrolled where the count (kCount) is known, so that what it indexes stays in registers.
+/// Runs body(0 .. count - 1). The loop is unrolled if the count is known (kCount), so that arrays stay in registers.
 template <int kCount, class Body>
 inline void repeat(int64_t count, Body body) {
   if constexpr (kCount == 0) {
@@ -80,7 +80,7 @@ inline void repeat(int64_t count, Body body) {
   }
 }
 
-/// The vectors of kHeads heads: in registers, or (kVectors = 0) any number of them in the memory handed over.
+/// The vectors of kHeads heads. They lie in registers, or if kVectors = 0, any number of them in the given memory.
 template <int kHeads, int kVectors>
 struct Rows {
   Vec vectors[kHeads][kVectors];
@@ -104,7 +104,7 @@ struct PerHead {
   Vec operator[](int64_t head) const { return broadcast(value[head]); }
 };
 
-/// T: storage type of q and k. kVectors: vectors of a head, 0 where only known at run time.
+/// T is the storage type of q and k. kVectors is the number of vectors of a head, or 0 if only known at run time.
 template <class T, int kVectors>
 class MMRopeKernel {
  public:
@@ -118,7 +118,7 @@ class MMRopeKernel {
   // Not inlined: head sizes that share an instantiation share its code.
   [[gnu::noinline]] void forward(int64_t first_token, int64_t last_token) {
     for (int64_t token = first_token; token < last_token; ++token) {
-      turn_to(token);
+      compute_cos_sin(token);
       for (const MMRopeTensor& tensor : problem_.tensors) {
         for (int64_t row = 0; row < norm_rows(tensor); ++row) forward_row(tensor, token, row);
       }
@@ -128,7 +128,7 @@ class MMRopeKernel {
   [[gnu::noinline]] void backward(int64_t block, int64_t first_token, int64_t last_token) {
     for (const MMRopeTensor& tensor : problem_.tensors) clear_partials(tensor, block);
     for (int64_t token = first_token; token < last_token; ++token) {
-      turn_to(token);
+      compute_cos_sin(token);
       for (const MMRopeTensor& tensor : problem_.tensors) {
         for (int64_t row = 0; row < norm_rows(tensor); ++row) backward_row(tensor, block, token, row);
       }
@@ -163,8 +163,8 @@ class MMRopeKernel {
     return static_cast<T*>(heads.data) + token * heads.token_stride + head * heads.head_stride;
   }
 
-  /// The cosines and sines of a token, for all its heads.
-  void turn_to(int64_t token) {
+  /// Computes the cosines and sines of a token, which all its heads share.
+  void compute_cos_sin(int64_t token) {
     float by_pair[16];
     for (int pair = 0; pair < 16; ++pair) {
       by_pair[pair] = static_cast<float>(
@@ -193,7 +193,7 @@ class MMRopeKernel {
     static constexpr int value = kCount;
   };
 
-  /// The mean over the channels of a head, given the sums of its vectors.
+  /// Returns the mean over the channels of each head, given the sum of its vectors.
   template <int kHeads>
   PerHead mean(const Vec (&totals)[kHeads]) const {
     PerHead means;
@@ -203,7 +203,8 @@ class MMRopeKernel {
     return means;
   }
 
-  /// x becomes x_hat; returns rstd. Two passes: a single one would lose the variance of an x with a large mean.
+  /// Replaces x by x_hat and returns rstd. A single pass would lose the variance of an x with a large mean, so that the
+  /// variance takes a second pass.
   template <int kHeads>
   PerHead normalise(Rows<kHeads, kVectors>& x) const {
     Vec totals[kHeads], squares[kHeads];
@@ -258,29 +259,30 @@ class MMRopeKernel {
     });
   }
 
-  /// The heads that share a row of the norm. Their gradients of weight and bias add up in fp32, those of the tokens in
-  /// double, so that a block's sum is as good as its terms.
+  /// Runs backward for the heads that share a row of the norm. The gradients of weight and bias are summed over these
+  /// heads in fp32 and over the tokens in double, so that a block's sum is as accurate as its terms.
   void backward_row(const MMRopeTensor& tensor, int64_t block, int64_t token, int64_t row) const {
-    Rows<2, kVectors> dnorm(rows_ + 2 * kGroup * head_dim_, head_dim_);
+    // Row 0 sums dweight, row 1 dbias.
+    Rows<2, kVectors> norm_sums(rows_ + 2 * kGroup * head_dim_, head_dim_);
     each_vector([&](int64_t i) {
-      dnorm.set(0, i, broadcast(0));
-      dnorm.set(1, i, broadcast(0));
+      norm_sums.set(0, i, broadcast(0));
+      norm_sums.set(1, i, broadcast(0));
     });
     each_group(tensor, row, [&](int64_t head, auto count) {
       backward_group<decltype(count)::value>(tensor, row, at(tensor.grad, token, head), at(tensor.x, token, head),
-                                             at(tensor.out, token, head), dnorm);
+                                             at(tensor.out, token, head), norm_sums);
     });
     if (!tensor.weight) return;
     double* sums = partials(tensor, block) + row * head_dim_;
     each_vector([&](int64_t i) {
-      add_to(sums + i * Vec::kLanes, dnorm.get(0, i));
-      add_to(sums + tensor.norm_rows * head_dim_ + i * Vec::kLanes, dnorm.get(1, i));
+      add_to(sums + i * Vec::kLanes, norm_sums.get(0, i));
+      add_to(sums + tensor.norm_rows * head_dim_ + i * Vec::kLanes, norm_sums.get(1, i));
     });
   }
 
   template <int kHeads>
   void backward_group(const MMRopeTensor& tensor, int64_t row, const T* grad, const T* from, T* dx,
-                      Rows<2, kVectors>& dnorm) const {
+                      Rows<2, kVectors>& norm_sums) const {
     Rows<kHeads, kVectors> dy(rows_, head_dim_);
     each_pair([&](int64_t i) {
       const Vec cos = cos_of(i), sin = sin_of(i);
@@ -291,39 +293,39 @@ class MMRopeKernel {
         dy.set(head, i + half(), fms(second, cos, first * sin));
       });
     });
-    if (tensor.weight) norm_backward(tensor, row, from, dy, dnorm);
+    if (tensor.weight) norm_backward(tensor, row, from, dy, norm_sums);
     repeat<kHeads>(kHeads, [&](int64_t head) {
       each_vector([&](int64_t i) { store_vector(dx + head * tensor.out.head_stride, i, dy.get(head, i)); });
     });
   }
 
-  /// dy becomes dx; its share of dweight and dbias is added to dnorm.
+  /// Replaces dy by dx, and adds the heads' terms of dweight and dbias to norm_sums.
   template <int kHeads>
   void norm_backward(const MMRopeTensor& tensor, int64_t row, const T* from, Rows<kHeads, kVectors>& dy,
-                     Rows<2, kVectors>& dnorm) const {
+                     Rows<2, kVectors>& norm_sums) const {
     Rows<kHeads, kVectors> x_hat(rows_ + kGroup * head_dim_, head_dim_);
     repeat<kHeads>(kHeads, [&](int64_t head) {
       each_vector([&](int64_t i) { x_hat.set(head, i, load_vector(from + head * tensor.x.head_stride, i)); });
     });
     const PerHead rstd = normalise(x_hat);
-    Vec totals[kHeads], along[kHeads];
-    repeat<kHeads>(kHeads, [&](int64_t head) { totals[head] = along[head] = broadcast(0); });
+    Vec sums_g[kHeads], sums_g_x_hat[kHeads];
+    repeat<kHeads>(kHeads, [&](int64_t head) { sums_g[head] = sums_g_x_hat[head] = broadcast(0); });
     each_vector([&](int64_t i) {
       const Vec weight = weight_vector(tensor.weight + row * head_dim_, i);
       repeat<kHeads>(kHeads, [&](int64_t head) {
         const Vec g = dy.get(head, i) * weight;
-        dnorm.set(0, i, fma(dy.get(head, i), x_hat.get(head, i), dnorm.get(0, i)));
-        dnorm.set(1, i, dnorm.get(1, i) + dy.get(head, i));
-        totals[head] = totals[head] + g;
-        along[head] = fma(g, x_hat.get(head, i), along[head]);
+        norm_sums.set(0, i, fma(dy.get(head, i), x_hat.get(head, i), norm_sums.get(0, i)));
+        norm_sums.set(1, i, norm_sums.get(1, i) + dy.get(head, i));
+        sums_g[head] = sums_g[head] + g;
+        sums_g_x_hat[head] = fma(g, x_hat.get(head, i), sums_g_x_hat[head]);
         dy.set(head, i, g);
       });
     });
-    const PerHead mean_g = mean(totals), slope = mean(along);
+    const PerHead mean_g = mean(sums_g), mean_g_x_hat = mean(sums_g_x_hat);
     repeat<kHeads>(kHeads, [&](int64_t head) {
-      const Vec minus_slope = broadcast(-slope.value[head]);
+      const Vec minus_mean = broadcast(-mean_g_x_hat.value[head]);
       each_vector([&](int64_t i) {
-        dy.set(head, i, fma(x_hat.get(head, i), minus_slope, dy.get(head, i) - mean_g[head]) * rstd[head]);
+        dy.set(head, i, fma(x_hat.get(head, i), minus_mean, dy.get(head, i) - mean_g[head]) * rstd[head]);
       });
     });
   }
@@ -348,12 +350,10 @@ class MMRopeKernel {
   const int64_t head_dim_;
   float* const cos_;   // [D/2]
   float* const sin_;   // [D/2]
-  float* const rows_;  // [2 * kGroup + 2, D]: dy, x_hat, dweight and dbias, where they do not fit registers
+  float* const rows_;  // [2 * kGroup + 2, D]: dy, x_hat, dweight and dbias, if kVectors = 0
 };
 
-// ---- choosing the instantiation ----
-
-/// Vectors of a head of kHeadDim channels, known to the compiler where a group of heads is worth unrolling.
+/// The number of vectors of a head of kHeadDim channels, or 0 if they are too many to unroll.
 template <int kHeadDim>
 constexpr int kVectorsOf = kHeadDim / Vec::kLanes <= kMaxUnrolled ? kHeadDim / Vec::kLanes : 0;
 

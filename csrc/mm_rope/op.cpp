@@ -1,4 +1,5 @@
-// Registers mm_rope under torch's stable ABI: forward splits the tokens among the threads, backward blocks of tokens.
+// Registers mm_rope under torch's stable ABI. Forward splits the tokens among the threads, and backward splits blocks
+// of kMMRopeBlock tokens.
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -40,8 +41,8 @@ MMRopeTensor mm_rope_tensor(const Tensor& x, const Tensor& out, const std::optio
   return tensor;
 }
 
-/// Returns the rotated q and k. q and k have a unit last stride; the norms are fp32 and contiguous; inv_freq is fp32
-/// [D/2] and contiguous.
+/// Returns the rotated q and k. q and k have a unit last stride. Weights and biases are fp32 and contiguous. inv_freq
+/// is fp32 [D/2] and contiguous.
 std::tuple<Tensor, Tensor> mm_rope_forward(Tensor q, Tensor k, Tensor positions, std::optional<Tensor> q_weight,
                                            std::optional<Tensor> q_bias, std::optional<Tensor> k_weight,
                                            std::optional<Tensor> k_bias, Tensor inv_freq, double eps, int64_t isa) {
@@ -59,7 +60,8 @@ std::tuple<Tensor, Tensor> mm_rope_forward(Tensor q, Tensor k, Tensor positions,
   return {q_out, k_out};
 }
 
-/// Returns the gradients of weight and bias: the blocks' partial sums [blocks, 2, rows, D], added in order in double.
+/// Returns the gradients of weight and bias, fp32 [rows, D]. The partial sums [blocks, 2, rows, D] are added in the
+/// order of the blocks, in double.
 std::tuple<Tensor, Tensor> add_partials(const Tensor& partials) {
   const int64_t blocks = partials.size(0), rows = partials.size(2), head_dim = partials.size(3);
   Tensor total = torch::stable::new_zeros(partials, {2 * rows * head_dim});
@@ -75,8 +77,8 @@ std::tuple<Tensor, Tensor> add_partials(const Tensor& partials) {
   return {dweight, dbias};
 }
 
-/// Adds the upstream gradient to the description. Returns the workspace of the norm's gradients, [blocks, 2, rows, D];
-/// it is empty without a norm.
+/// Adds the upstream gradient to the description. Returns the workspace of the norm's gradients, [blocks, 2, rows, D],
+/// which is empty without a norm.
 Tensor add_backward(MMRopeTensor& tensor, const Tensor& grad, int64_t blocks, int64_t head_dim) {
   tensor.grad = read_heads(grad);
   Tensor partials = empty_on_cpu({blocks, 2, tensor.norm_rows, head_dim}, ScalarType::Double);
@@ -84,8 +86,8 @@ Tensor add_backward(MMRopeTensor& tensor, const Tensor& grad, int64_t blocks, in
   return partials;
 }
 
-/// Returns the gradients of q and k, then those of the norms, which are fp32, and [0, D] without a norm. The inputs are
-/// as in forward; grad_q and grad_k have a unit last stride.
+/// Returns the gradients of q and k, then those of the norms, which are fp32, and [0, D] without a norm. grad_q and
+/// grad_k have a unit last stride. The other inputs are those of forward.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mm_rope_backward(
     Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor positions, std::optional<Tensor> q_weight,
     std::optional<Tensor> q_bias, std::optional<Tensor> k_weight, std::optional<Tensor> k_bias, Tensor inv_freq,

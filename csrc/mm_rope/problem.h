@@ -1,4 +1,4 @@
-// MM-RoPE on the CPU: LayerNorm of q and k over head_dim, then a rotation by three positions, in one pass.
+// mm_rope on the CPU: LayerNorm of q and k over head_dim, then a rotation by three positions, in one pass.
 #pragma once
 
 #include <cstdint>
@@ -7,22 +7,22 @@
 
 namespace lumos {
 
-/// Tokens whose gradients of the norms form one partial sum. The partition depends on nothing else, so that the
-/// result does not depend on the number of threads.
+/// The number of tokens whose gradients of the norms form one partial sum. The partition depends on nothing else, so
+/// that the result does not depend on the number of threads.
 inline constexpr int64_t kMMRopeBlock = 64;
 
-/// Position axis (t, h, w) of the rotation pair (i, i + D/2) is kMMRopeAxes[i % 16]; AXES in mm_rope/common.py.
+/// The rotation pair (i, i + D/2) uses position axis kMMRopeAxes[i % 16] of (t, h, w): AXES in mm_rope/frequencies.py.
 inline constexpr int kMMRopeAxes[16] = {0, 0, 0, 0, 1, 1, 2, 2, 1, 1, 2, 2, 1, 1, 2, 2};
 
-/// q or k.
+/// The description of q or of k.
 struct MMRopeTensor {
   int64_t heads;
   ConstHeads x;
   ConstHeads grad;      // upstream gradient, backward only
-  Heads out;            // the rotated x; backward: the gradient of x
+  Heads out;            // the rotated x, or in backward the gradient of x
   const float* weight;  // [norm_rows, D], null without a norm
-  const float* bias;    // likewise
-  int64_t norm_rows;    // row j serves heads j * heads / norm_rows and on
+  const float* bias;    // [norm_rows, D], null without a norm
+  int64_t norm_rows;    // row j serves the heads / norm_rows heads from j * heads / norm_rows on
   double* partials;     // [blocks, 2, norm_rows, D]: sums for the gradients of weight and bias, backward only
 };
 
@@ -37,10 +37,11 @@ struct MMRopeProblem {
   MMRopeTensor tensors[2];
 };
 
-/// The kernels of one instruction set. `scratch` is kMMRopeScratch * head_dim floats, one a thread, 64-byte aligned.
+/// The kernels of one instruction set. Each thread has its own `scratch`: kMMRopeScratch * head_dim floats, aligned
+/// to 64 bytes.
 struct MMRopeKernels {
   void (*forward)(const MMRopeProblem& problem, int64_t first_token, int64_t last_token, float* scratch);
-  /// One block's tokens; writes the partial sums of that block.
+  /// Computes the gradients of one block's tokens, and writes the partial sums of that block.
   void (*backward)(const MMRopeProblem& problem, int64_t block, int64_t first_token, int64_t last_token,
                    float* scratch);
 };

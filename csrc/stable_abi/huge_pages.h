@@ -1,8 +1,8 @@
-// Huge pages for large results.
+// Backs large results with huge pages.
 //
 // glibc maps every block of 32 MiB and more anew, and unmaps it when it is freed. Each call of an op therefore has the
-// system hand out and clear the pages of its outputs again: that was most of the time of mm_rope. With huge pages there
-// are a 512th as many of them.
+// system hand out and clear the pages of its outputs again, which took most of the time of mm_rope. Huge pages are
+// 512 times as large, so that there are a 512th as many.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -16,7 +16,7 @@
 
 namespace lumos {
 
-/// Asks the system to back a tensor with huge pages; the tensor is contiguous and not yet written. The request covers
+/// Asks the system to back a tensor with huge pages. The tensor is contiguous and not yet written. The request covers
 /// the huge pages that lie entirely in the tensor, so none of the memory around it is affected. A system without huge
 /// pages ignores the request.
 inline void advise_huge_pages(const torch::stable::Tensor& tensor) {
@@ -31,7 +31,7 @@ inline void advise_huge_pages(const torch::stable::Tensor& tensor) {
 #endif
 }
 
-/// An unwritten, contiguous tensor on the CPU, in huge pages where it is large enough.
+/// Returns an unwritten, contiguous tensor on the CPU, in huge pages if it is large enough.
 inline torch::stable::Tensor empty_on_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                           torch::headeronly::ScalarType dtype) {
   torch::stable::Tensor tensor = torch::stable::empty(sizes, dtype);

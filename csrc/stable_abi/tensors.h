@@ -1,4 +1,4 @@
-// Helpers of the op.cpp files, which register the ops under torch's stable ABI: one library serves every Python and
+// Helpers of the op.cpp files, which register the ops under torch's stable ABI. One library serves every Python and
 // every torch from TORCH_TARGET_VERSION on. Only this folder and the op.cpp files include torch's headers.
 //
 // An op.cpp file turns tensors into the plain structs of a problem.h and hands out the threads. The kernels know
@@ -37,7 +37,7 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-/// Returns the table that an instruction set runs, for an op whose code is compiled three times.
+/// Returns the kernels that an instruction set runs, for an op that has three versions of them.
 template <class Kernels>
 const Kernels& kernels_for(int64_t isa, const Kernels& avx512, const Kernels& avx2, const Kernels& base) {
   switch (static_cast<Isa>(isa)) {
@@ -56,11 +56,12 @@ const Kernels& kernels_for(int64_t isa, const Kernels& avx512, const Kernels& av
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Views of a tensor [T, H, D] with a unit last stride.
+/// Return views of a tensor [T, H, D] with a unit last stride.
 inline ConstHeads read_heads(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
 inline Heads write_heads(const Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1)}; }
 
-/// Floats for one thread, aligned to a cache line. std::aligned_alloc wants a multiple of the alignment.
+/// A buffer of floats for one thread, aligned to a cache line. The size is rounded up, because std::aligned_alloc wants
+/// a multiple of the alignment.
 struct Scratch {
   explicit Scratch(int64_t floats)
       : data(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)), std::free) {

@@ -1,4 +1,14 @@
-// The row passes of the tube-masked loss, written once; each tube_masked_loss_<isa>.cpp compiles this for its instruction set.
+// The row passes of tube_masked_loss. base.cpp, avx2.cpp and avx512.cpp each compile this file for one instruction set.
+//
+// Block b of a row's logits has maximum m_b and sum s_b. With M the largest of the m_b,
+//     s_b = sum_i exp(logit_i - m_b),   lse = M + log(sum_b s_b * exp(m_b - M)),   nll = lse - logit_target
+//     loss = weight * nll + z * lse^2
+//     dlogit_i = exp(logit_i - m_b) * exp(m_b - lse) * (weight + 2 z lse) - weight * (i = target)
+// If a maximum is infinite, 0 takes its place as the shift.
+//
+// reduce goes through a block in tiles of kTile logits, whose exponentials are summed in kTile fp32 lanes. finish
+// combines the blocks of a row in double. gradient recomputes the exponentials, where lse and the upstream gradients
+// are given.
 #pragma once
 
 #include <cmath>
@@ -29,15 +39,15 @@ inline void store_tile(T* to, const float* values, int64_t count) {
   }
 }
 
-/// Sum of exp(x - shift). kept is null, or takes the exponentials.
+/// Returns the sum of exp(x - shift). Writes the exponentials to exps_out unless that is null.
 template <class T>
-float sum_of_exp(const float* from, int64_t count, float shift, T* kept) {
+float sum_of_exp(const float* from, int64_t count, float shift, T* exps_out) {
   float lanes[kTile] = {};
   each_tile(from, count, [&](const float* tile, int64_t at, int64_t valid) {
     float exps[kTile];
     for (int64_t i = 0; i < kTile; ++i) exps[i] = exp_of(tile[i] - shift);
     for (int64_t i = 0; i < kTile; ++i) lanes[i] += exps[i];
-    if (kept) store_tile(kept + at, exps, valid);
+    if (exps_out) store_tile(exps_out + at, exps, valid);
   });
   for (int64_t half = kTile / 2; half > 0; half /= 2) {
     for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
@@ -45,16 +55,17 @@ float sum_of_exp(const float* from, int64_t count, float shift, T* kept) {
   return lanes[0];
 }
 
-/// Whether torch.argmax would prefer another class of the block: the first of equals wins, and NaN beats numbers.
+/// Returns true if torch.argmax prefers another class of the block to the target. The first of equal logits wins, and
+/// NaN exceeds every number.
 bool beaten_in_block(const float* logits, int64_t count, int64_t target) {
-  const float own = logits[target];
+  const float target_logit = logits[target];
   int before = 0, after = 0;
-  if (own != own) {
+  if (target_logit != target_logit) {
     for (int64_t i = 0; i < target; ++i) before |= logits[i] != logits[i];
     return before;
   }
-  for (int64_t i = 0; i < target; ++i) before |= !(logits[i] < own);
-  for (int64_t i = target + 1; i < count; ++i) after |= !(logits[i] <= own);
+  for (int64_t i = 0; i < target; ++i) before |= !(logits[i] < target_logit);
+  for (int64_t i = target + 1; i < count; ++i) after |= !(logits[i] <= target_logit);
   return before | after;
 }
 
@@ -62,11 +73,11 @@ template <class T>
 void reduce_rows(const TubeMaskedLossBlock& block, const TubeMaskedLossStats& stats, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const float* logits = block.logits + row * block.classes;
-    T* kept = block.kept ? static_cast<T*>(block.kept) + row * block.kept_stride + block.first : nullptr;
+    T* dlogits = block.dlogits ? static_cast<T*>(block.dlogits) + row * block.dlogits_stride + block.first : nullptr;
     const float maximum = max_of(logits, block.classes);
     const int64_t at = row * block.blocks + block.block;
     stats.maximum[at] = maximum;
-    stats.sum[at] = sum_of_exp(logits, block.classes, shift_of(maximum), kept);
+    stats.sum[at] = sum_of_exp(logits, block.classes, shift_of(maximum), dlogits);
     const int64_t target = block.targets[row] - block.first;
     if (target >= 0 && target < block.classes) {
       stats.target_logit[row] = logits[target];
@@ -75,8 +86,8 @@ void reduce_rows(const TubeMaskedLossBlock& block, const TubeMaskedLossStats& st
   }
 }
 
-/// The statistics of the blocks of one row, put together in double.
-struct RowOfBlocks {
+/// The statistics of the blocks of one row.
+struct RowStats {
   const float* maximum;
   const float* sum;
   int64_t blocks;
@@ -92,10 +103,12 @@ struct RowOfBlocks {
     return shift + std::log(total);
   }
 
-  bool beats(int64_t block, float own, bool earlier) const {
+  /// Returns true if torch.argmax prefers a class of the block to the target. An `earlier` block precedes the target's,
+  /// so that it wins ties.
+  bool beats(int64_t block, float target_logit, bool earlier) const {
     const bool has_nan = sum[block] != sum[block];
-    if (own != own) return earlier && has_nan;
-    return has_nan || !(earlier ? maximum[block] < own : maximum[block] <= own);
+    if (target_logit != target_logit) return earlier && has_nan;
+    return has_nan || !(earlier ? maximum[block] < target_logit : maximum[block] <= target_logit);
   }
 };
 
@@ -107,44 +120,45 @@ void scale(T* values, int64_t count, float factor) {
 template <class T>
 void finish_rows(const TubeMaskedLossFinish& job, const TubeMaskedLossStats& stats, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
-    const RowOfBlocks parts{stats.maximum + row * job.blocks, stats.sum + row * job.blocks, job.blocks};
+    const RowStats parts{stats.maximum + row * job.blocks, stats.sum + row * job.blocks, job.blocks};
     const double lse = parts.logsumexp();
-    const float own = stats.target_logit[row];
+    const float target_logit = stats.target_logit[row];
     const int64_t target = job.targets[row];
     bool correct = !stats.beaten[row];
     for (int64_t b = 0; b < job.blocks; ++b) {
-      if (b != target / job.block_classes) correct &= !parts.beats(b, own, b < target / job.block_classes);
+      if (b != target / job.block_classes) correct &= !parts.beats(b, target_logit, b < target / job.block_classes);
     }
-    job.nll[row] = static_cast<float>(lse - own);
+    job.nll[row] = static_cast<float>(lse - target_logit);
     job.lse[row] = static_cast<float>(lse);
     job.correct[row] = correct;
-    if (!job.kept) continue;
+    if (!job.dlogits) continue;
     const double weight = job.row_weight ? job.row_weight[row] : 1.0;
     const double factor = weight + 2.0 * job.z_loss_weight * lse;
-    T* kept = static_cast<T*>(job.kept) + row * job.kept_stride;
+    T* dlogits = static_cast<T*>(job.dlogits) + row * job.dlogits_stride;
     for (int64_t b = 0; b < job.blocks; ++b) {
       const int64_t begin = b * job.block_classes;
       const int64_t count = job.classes - begin < job.block_classes ? job.classes - begin : job.block_classes;
-      scale(kept + begin, count, static_cast<float>(std::exp(shift_of(parts.maximum[b]) - lse) * factor));
+      scale(dlogits + begin, count, static_cast<float>(std::exp(shift_of(parts.maximum[b]) - lse) * factor));
     }
-    write(kept + target, static_cast<float>(std::exp(own - lse) * factor - weight));
+    write(dlogits + target, static_cast<float>(std::exp(target_logit - lse) * factor - weight));
   }
 }
 
 template <class T>
-void gradient_rows(const TubeMaskedLossBlock& block, const TubeMaskedLossGradient& upstream, int64_t first, int64_t last) {
+void gradient_rows(const TubeMaskedLossBlock& block, const TubeMaskedLossGradient& upstream, int64_t first,
+                   int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const float* logits = block.logits + row * block.classes;
-    T* kept = static_cast<T*>(block.kept) + row * block.kept_stride + block.first;
+    T* dlogits = static_cast<T*>(block.dlogits) + row * block.dlogits_stride + block.first;
     const float lse = upstream.lse[row], factor = upstream.dnll[row] + upstream.dlse[row];
     each_tile(logits, block.classes, [&](const float* tile, int64_t at, int64_t valid) {
       float gradients[kTile];
       for (int64_t i = 0; i < kTile; ++i) gradients[i] = exp_of(tile[i] - lse) * factor;
-      store_tile(kept + at, gradients, valid);
+      store_tile(dlogits + at, gradients, valid);
     });
     const int64_t target = block.targets[row] - block.first;
     if (target >= 0 && target < block.classes) {
-      write(kept + target, exp_of(logits[target] - lse) * factor - upstream.dnll[row]);
+      write(dlogits + target, exp_of(logits[target] - lse) * factor - upstream.dnll[row]);
     }
   }
 }

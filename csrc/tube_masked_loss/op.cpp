@@ -1,4 +1,6 @@
-// Registers the row passes of tube_masked_loss under torch's stable ABI. Its matmuls are in matmul/op.cpp.
+// Registers the row passes of tube_masked_loss under torch's stable ABI. matmul/op.cpp registers the matmuls.
+//
+// The schemas call dlogits `kept`.
 #include <optional>
 #include <tuple>
 
@@ -13,34 +15,35 @@ const TubeMaskedLossKernels& tube_masked_loss_kernels(int64_t isa) {
   return kernels_for(isa, kTubeMaskedLossAvx512, kTubeMaskedLossAvx2, kTubeMaskedLossBase);
 }
 
-/// logits are fp32 [R, classes] and contiguous; targets are int64 [R]; kept is [R, K], bf16 or fp32, with a unit last
+/// logits is fp32 [R, classes] and contiguous. targets is int64 [R]. dlogits is [R, K], bf16 or fp32, with a unit last
 /// stride.
 TubeMaskedLossBlock tube_masked_loss_block(const Tensor& logits, const Tensor& targets, int64_t first,
-                                           const std::optional<Tensor>& kept) {
+                                           const std::optional<Tensor>& dlogits) {
   TubeMaskedLossBlock block{};
   block.classes = logits.size(1);
   block.first = first;
   block.logits = logits.const_data_ptr<float>();
   block.targets = targets.const_data_ptr<int64_t>();
-  if (kept) {
-    block.dtype = dtype_of(*kept);
-    block.kept = kept->mutable_data_ptr();
-    block.kept_stride = kept->stride(0);
+  if (dlogits) {
+    block.dtype = dtype_of(*dlogits);
+    block.dlogits = dlogits->mutable_data_ptr();
+    block.dlogits_stride = dlogits->stride(0);
   }
   return block;
 }
 
-/// maximum and sum are fp32 [R, blocks], target_logit is fp32 [R], beaten is bool [R]; all are contiguous.
+/// maximum and sum are fp32 [R, blocks], target_logit is fp32 [R], and beaten is bool [R]. All are contiguous.
 TubeMaskedLossStats tube_masked_loss_stats(const Tensor& maximum, const Tensor& sum, const Tensor& target_logit,
                                            const Tensor& beaten) {
   return {maximum.mutable_data_ptr<float>(), sum.mutable_data_ptr<float>(), target_logit.mutable_data_ptr<float>(),
           beaten.mutable_data_ptr<bool>()};
 }
 
-/// Reduces a block of logits to its statistics, and writes its exponentials to kept.
+/// Computes the statistics of a block of logits, and writes its exponentials to dlogits if that is given.
 void tube_masked_loss_reduce(Tensor logits, Tensor targets, int64_t first, int64_t block_index, Tensor maximum,
-                             Tensor sum, Tensor target_logit, Tensor beaten, std::optional<Tensor> kept, int64_t isa) {
-  TubeMaskedLossBlock block = tube_masked_loss_block(logits, targets, first, kept);
+                             Tensor sum, Tensor target_logit, Tensor beaten, std::optional<Tensor> dlogits,
+                             int64_t isa) {
+  TubeMaskedLossBlock block = tube_masked_loss_block(logits, targets, first, dlogits);
   block.block = block_index;
   block.blocks = maximum.size(1);
   const TubeMaskedLossStats stats = tube_masked_loss_stats(maximum, sum, target_logit, beaten);
@@ -49,12 +52,12 @@ void tube_masked_loss_reduce(Tensor logits, Tensor targets, int64_t first, int64
   });
 }
 
-/// Returns nll, lse and correct, all [R], and turns kept into the gradients of the logits. The `classes` classes came in
-/// blocks of block_classes; row_weight is fp32 [R].
+/// Returns nll, lse and correct, all [R]. Turns the exponentials in dlogits into the gradients of the logits. classes
+/// counts the classes of all blocks, and block_classes those of a block but the last. row_weight is fp32 [R].
 std::tuple<Tensor, Tensor, Tensor> tube_masked_loss_finish(Tensor targets, std::optional<Tensor> row_weight,
                                                            double z_loss_weight, int64_t classes, int64_t block_classes,
                                                            Tensor maximum, Tensor sum, Tensor target_logit,
-                                                           Tensor beaten, std::optional<Tensor> kept, int64_t isa) {
+                                                           Tensor beaten, std::optional<Tensor> dlogits, int64_t isa) {
   const int64_t rows = targets.size(0);
   Tensor nll = empty_on_cpu({rows}, ScalarType::Float);
   Tensor lse = empty_on_cpu({rows}, ScalarType::Float);
@@ -66,10 +69,10 @@ std::tuple<Tensor, Tensor, Tensor> tube_masked_loss_finish(Tensor targets, std::
   job.targets = targets.const_data_ptr<int64_t>();
   job.row_weight = row_weight ? row_weight->const_data_ptr<float>() : nullptr;
   job.z_loss_weight = static_cast<float>(z_loss_weight);
-  if (kept) {
-    job.dtype = dtype_of(*kept);
-    job.kept = kept->mutable_data_ptr();
-    job.kept_stride = kept->stride(0);
+  if (dlogits) {
+    job.dtype = dtype_of(*dlogits);
+    job.dlogits = dlogits->mutable_data_ptr();
+    job.dlogits_stride = dlogits->stride(0);
   }
   job.nll = nll.mutable_data_ptr<float>();
   job.lse = lse.mutable_data_ptr<float>();
@@ -81,10 +84,10 @@ std::tuple<Tensor, Tensor, Tensor> tube_masked_loss_finish(Tensor targets, std::
   return {nll, lse, correct};
 }
 
-/// Writes the gradients of a block's logits to kept. lse, dnll and dlse are fp32 [R] and contiguous.
+/// Writes the gradients of a block's logits to dlogits. lse, dnll and dlse are fp32 [R] and contiguous.
 void tube_masked_loss_gradient(Tensor logits, Tensor targets, int64_t first, Tensor lse, Tensor dnll, Tensor dlse,
-                               Tensor kept, int64_t isa) {
-  const TubeMaskedLossBlock block = tube_masked_loss_block(logits, targets, first, kept);
+                               Tensor dlogits, int64_t isa) {
+  const TubeMaskedLossBlock block = tube_masked_loss_block(logits, targets, first, dlogits);
   const TubeMaskedLossGradient upstream{lse.const_data_ptr<float>(), dnll.const_data_ptr<float>(),
                                         dlse.const_data_ptr<float>()};
   torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {

@@ -1,9 +1,9 @@
 // tube_masked_loss on the CPU: the row passes between its matmuls, which are in matmul/.
 //
-// A chunk of R rows is multiplied with the K classes block by block. reduce turns each block of logits into its maximum
-// and the sum of exp(logit - maximum), and keeps those exponentials in the chunk's buffer if gradients are wanted.
-// After the last block, finish computes the logsumexp from the statistics of the blocks; one factor for each row and
-// block turns the kept exponentials into the gradient of the logits, in place.
+// A chunk of R rows is multiplied with the K classes block by block. reduce computes the maximum of a block of logits
+// and the sum of exp(logit - maximum). If gradients are wanted, it writes those exponentials to the chunk's buffer
+// dlogits. After the last block, finish computes the logsumexp from the statistics of the blocks, and multiplies the
+// exponentials by one factor for each row and block. The buffer then holds the gradients of the logits.
 #pragma once
 
 #include <cstdint>
@@ -14,40 +14,40 @@ namespace lumos {
 
 /// A block of classes of a chunk of R rows. Strides count elements.
 struct TubeMaskedLossBlock {
-  int64_t classes;         // in this block
-  int64_t first;           // its first class
+  int64_t classes;         // number of classes in this block
+  int64_t first;           // first class of this block
   const float* logits;     // [R, classes], contiguous
   const int64_t* targets;  // [R], counted from the first class of the slice
-  int64_t block, blocks;   // the index of this block, and the number of blocks
-  Dtype dtype;             // of kept: bf16 or fp32
-  void* kept;              // [R, K] with kept_stride, null where no gradients are wanted
-  int64_t kept_stride;
+  int64_t block, blocks;   // index of this block, and number of blocks
+  Dtype dtype;             // dtype of dlogits, bf16 or fp32
+  void* dlogits;           // [R, K] with dlogits_stride, null if no gradients are wanted
+  int64_t dlogits_stride;
 };
 
-/// Statistics of a chunk, filled block by block.
+/// Statistics of a chunk. Each call of reduce fills in those of one block.
 struct TubeMaskedLossStats {
   float* maximum;       // [R, blocks]
-  float* sum;           // [R, blocks], of exp(logit - shift); shift is the maximum, or 0 if the maximum is infinite
+  float* sum;           // [R, blocks], sum of exp(logit - shift); shift is the maximum, or 0 if the maximum is infinite
   float* target_logit;  // [R]
-  bool* beaten;         // [R], whether another class of the target's own block beats the target
+  bool* beaten;         // [R], true if argmax prefers another class of the target's own block to the target
 };
 
-/// Arguments of finish. loss = row_weight * nll + z_loss_weight * lse^2.
+/// Arguments of finish. The loss of a row is row_weight * nll + z_loss_weight * lse^2.
 struct TubeMaskedLossFinish {
   int64_t classes, block_classes, blocks;
   const int64_t* targets;
   const float* row_weight;  // [R], null for ones
   float z_loss_weight;
   Dtype dtype;
-  void* kept;
-  int64_t kept_stride;
+  void* dlogits;
+  int64_t dlogits_stride;
   float* nll;     // [R]
   float* lse;     // [R]
   bool* correct;  // [R]
 };
 
-/// The upstream gradients. Where lse is known, the gradient of the logits is
-///     softmax * (dnll + dlse) - one_hot * dnll.
+/// The logsumexp of each row and the upstream gradients of nll and lse, all [R]. The gradient of the logits is
+///     softmax * (dnll + dlse) - one_hot * dnll,   softmax = exp(logit - lse).
 struct TubeMaskedLossGradient {
   const float* lse;
   const float* dnll;
@@ -56,8 +56,11 @@ struct TubeMaskedLossGradient {
 
 /// The kernels of one instruction set, for rows first .. last - 1 of a chunk.
 struct TubeMaskedLossKernels {
+  /// Computes the statistics of a block. Writes its exponentials to dlogits unless that is null.
   void (*reduce)(const TubeMaskedLossBlock& block, const TubeMaskedLossStats& stats, int64_t first, int64_t last);
+  /// Computes nll, lse and correct, and turns the exponentials in dlogits into gradients, after the last block.
   void (*finish)(const TubeMaskedLossFinish& finish, const TubeMaskedLossStats& stats, int64_t first, int64_t last);
+  /// Writes the gradient of a block's logits to dlogits.
   void (*gradient)(const TubeMaskedLossBlock& block, const TubeMaskedLossGradient& gradient, int64_t first,
                    int64_t last);
 };
