@@ -132,7 +132,7 @@ void finish_rows(const TubeMaskedLossFinish& job, const TubeMaskedLossStats& sta
     job.lse[row] = static_cast<float>(lse);
     job.correct[row] = correct;
     if (!job.dlogits) continue;
-    const double weight = job.row_weight ? job.row_weight[row] : 1.0;
+    const double weight = job.token_weight ? job.token_weight[row] : 1.0;
     const double factor = weight + 2.0 * job.z_loss_weight * lse;
     T* dlogits = static_cast<T*>(job.dlogits) + row * job.dlogits_stride;
     for (int64_t b = 0; b < job.blocks; ++b) {

@@ -1,6 +1,4 @@
 // Registers the row passes of tube_masked_loss under torch's stable ABI. matmul/op.cpp registers the matmuls.
-//
-// The schemas call dlogits `kept`.
 #include <optional>
 #include <tuple>
 
@@ -53,8 +51,8 @@ void tube_masked_loss_reduce(Tensor logits, Tensor targets, int64_t first, int64
 }
 
 /// Returns nll, lse and correct, all [R]. Turns the exponentials in dlogits into the gradients of the logits. classes
-/// counts the classes of all blocks, and block_classes those of a block but the last. row_weight is fp32 [R].
-std::tuple<Tensor, Tensor, Tensor> tube_masked_loss_finish(Tensor targets, std::optional<Tensor> row_weight,
+/// counts the classes of all blocks, and block_classes those of a block but the last. token_weight is fp32 [R].
+std::tuple<Tensor, Tensor, Tensor> tube_masked_loss_finish(Tensor targets, std::optional<Tensor> token_weight,
                                                            double z_loss_weight, int64_t classes, int64_t block_classes,
                                                            Tensor maximum, Tensor sum, Tensor target_logit,
                                                            Tensor beaten, std::optional<Tensor> dlogits, int64_t isa) {
@@ -67,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> tube_masked_loss_finish(Tensor targets, std::
   job.block_classes = block_classes;
   job.blocks = maximum.size(1);
   job.targets = targets.const_data_ptr<int64_t>();
-  job.row_weight = row_weight ? row_weight->const_data_ptr<float>() : nullptr;
+  job.token_weight = token_weight ? token_weight->const_data_ptr<float>() : nullptr;
   job.z_loss_weight = static_cast<float>(z_loss_weight);
   if (dlogits) {
     job.dtype = dtype_of(*dlogits);
@@ -101,14 +99,14 @@ void tube_masked_loss_gradient(Tensor logits, Tensor targets, int64_t first, Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(lumos_native, m) {
   m.def(
       "tube_masked_loss_reduce(Tensor logits, Tensor targets, int first, int block, Tensor(a!) maximum, "
-      "Tensor(b!) sum, Tensor(c!) target_logit, Tensor(d!) beaten, Tensor(e!)? kept, int isa) -> ()");
+      "Tensor(b!) sum, Tensor(c!) target_logit, Tensor(d!) beaten, Tensor(e!)? dlogits, int isa) -> ()");
   m.def(
-      "tube_masked_loss_finish(Tensor targets, Tensor? row_weight, float z_loss_weight, int classes, "
-      "int block_classes, Tensor maximum, Tensor sum, Tensor target_logit, Tensor beaten, Tensor(a!)? kept, int isa) "
+      "tube_masked_loss_finish(Tensor targets, Tensor? token_weight, float z_loss_weight, int classes, "
+      "int block_classes, Tensor maximum, Tensor sum, Tensor target_logit, Tensor beaten, Tensor(a!)? dlogits, int isa) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "tube_masked_loss_gradient(Tensor logits, Tensor targets, int first, Tensor lse, Tensor dnll, Tensor dlse, "
-      "Tensor(a!) kept, int isa) -> ()");
+      "Tensor(a!) dlogits, int isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lumos_native, CPU, m) {

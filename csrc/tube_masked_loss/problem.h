@@ -32,11 +32,11 @@ struct TubeMaskedLossStats {
   bool* beaten;         // [R], true if argmax prefers another class of the target's own block to the target
 };
 
-/// Arguments of finish. The loss of a row is row_weight * nll + z_loss_weight * lse^2.
+/// Arguments of finish. The loss of a row is token_weight * nll + z_loss_weight * lse^2.
 struct TubeMaskedLossFinish {
   int64_t classes, block_classes, blocks;
   const int64_t* targets;
-  const float* row_weight;  // [R], null for ones
+  const float* token_weight;  // [R], null for ones
   float z_loss_weight;
   Dtype dtype;
   void* dlogits;
