@@ -1,4 +1,4 @@
-// The same with modelled tiles, for CPUs with AVX512_BF16.
+// The kernels of amx_avx512.cpp with tiles in software, for CPUs with AVX512_BF16 (see bf16_avx512.cpp).
 #pragma GCC target("avx512bf16")
 #define LUMOS_AVX512_BF16
 

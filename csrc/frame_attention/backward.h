@@ -1,10 +1,15 @@
-// The backward pass of frame attention: an item is a kv head and a tile of keys, and walks over the queries that see
-// it.
+// The backward pass of frame attention. With s = q k^T and lse from the forward pass,
+//     p = 2^((s scale - lse) log2(e)),   dp = do v^T,   delta = rowsum(do * o) - dlse,   ds = p * (dp - delta),
+//     dv = p^T do,   dk = scale ds^T q,   dq = scale ds k.
 //
-// In the orientation keys x queries lse and delta belong to lanes, and the transposed p and ds are left operands as
-// they come. With p = 2^(s - lse), dp = do v^T and ds = p * (dp - delta):
-//     dv += p^T do,   dk += scale ds^T q,   dq += scale ds k.
-// The first two stay with the owner. dq is summed transposed in fp32 memory, one key tile after the other (`done`).
+// An item is a kv head and a tile of keys, and walks over the tiles of queries that see it. Everything is computed
+// transposed, keys x queries: lse and delta then belong to lanes, and p and ds are left operands as they come. dk and
+// dv stay with the item, summed over the query heads that share the kv head. dq is summed in fp32 memory, transposed.
+//
+// The order of the sums of dq. Every key tile adds to dq_sums of a query tile only after the key tile before it has
+// done so: the item waits for the counter `done` of that key tile and then raises its own (run). So each sum has one
+// order, and the result is the same whatever the number of threads. Items start in ascending order of their key tile
+// (each_item in op.cpp), so the item that is waited for has always started and the wait cannot deadlock.
 #pragma once
 
 #include "frame_attention/shared.h"
@@ -24,6 +29,7 @@ inline void take(Pieces& pieces, int64_t floats, Pointers&... pointers) {
   ((pointers = pieces.take(floats)), ...);
 }
 
+/// The scratch memory of an item.
 template <class M>
 struct BackwardSpace {
   float *k, *v, *k_turned, *dk, *dv, *rows, *q_columns, *q_pairs, *do_columns, *do_pairs;
@@ -65,7 +71,7 @@ class Backward {
     const int64_t first = x_.q_start[key_], end = x_.q_end[key_ + keys_ - 1];
     const int64_t end_tile = first < end ? tiles(end, M::kQueryTile) : 0;
     for (int64_t tile = first / M::kQueryTile; tile < end_tile; ++tile) {
-      if (turn_to(tile)) {
+      if (read_limits(tile)) {
         for (int64_t g = 0; g < group_; ++g) add_queries(kv_head_ * group_ + g, tile);
       }
       wait_for(tile + 1);
@@ -78,6 +84,7 @@ class Backward {
   }
 
  private:
+  /// Packs k and v as left operands, and k transposed for dq.
   void pack_keys() {
     const auto source = [&](const ConstHeads& tensor) {
       return Source<T>(tensor, kv_head_, key_, keys_, x_.head_dim, x_.q_start, x_.q_end);
@@ -93,21 +100,22 @@ class Backward {
     fill(space_.dv, M::kKeyTile * x_.head_dim, 0.0f);
   }
 
-  /// Waits until dq_sums of the query tiles before `end_tile` hold the key tile before this one.
+  /// Waits until the key tile before this one has added to dq_sums of all query tiles before `end_tile`.
   void wait_for(int64_t end_tile) const {
     if (key_tile_ == 0) return;
     while ((done_ - 1)->load(std::memory_order_acquire) < end_tile) sched_yield();
   }
 
-  /// Limits of a query tile, for all heads. Returns whether any of its queries sees a key of this tile.
-  bool turn_to(int64_t tile) {
+  /// Reads the limits of a query tile, which all heads share. Returns whether one of its queries sees a key of this
+  /// tile.
+  bool read_limits(int64_t tile) {
     query_ = tile * M::kQueryTile;
     queries_ = smaller(M::kQueryTile, x_.queries - query_);
     columns_ = round_up(queries_, kColumns);
     const int64_t last = query_ + queries_ - 1;
     low_ = larger(0, x_.kv_start[query_] - key_) / M::kKeyStep * M::kKeyStep;
     high_ = round_up(smaller(keys_, x_.kv_end[last] - key_), M::kKeyStep);
-    open_low_ = x_.kv_start[last] - key_;  // keys from here on and below open_high_ are seen by every query
+    open_low_ = x_.kv_start[last] - key_;  // every query sees the keys in [open_low_, open_high_)
     open_high_ = queries_ == columns_ ? x_.kv_end[query_] - key_ : 0;
     for (int64_t i = 0; i < columns_; ++i) {
       const bool inside = i < queries_;
@@ -119,6 +127,7 @@ class Backward {
 
   float from_origin(int64_t limit) const { return static_cast<float>(smaller(larger(limit - key_, 0), M::kKeyTile)); }
 
+  /// Packs q and do of a head in both forms, and copies lse and delta.
   void pack_queries(int64_t head) {
     const auto source = [&](const ConstHeads& tensor) {
       return Source<T>(tensor, head, query_, queries_, x_.head_dim, x_.kv_start, x_.kv_end);
@@ -133,6 +142,7 @@ class Backward {
     }
   }
 
+  /// Adds what the queries of a head and tile contribute to dv, dk and dq.
   void add_queries(int64_t head, int64_t tile) {
     pack_queries(head);
     for (int64_t key = low_; key < high_; key += M::kKeyStep) {
@@ -150,8 +160,9 @@ class Backward {
                                    keys / M::kStep, dq_sums<M>(x_, head, tile), M::kQueryTile);
   }
 
-  /// Brings what is read next, a share with each step of the keys: dq_sums and the queries of the next head, or tile.
-  /// Waiting for them took 5 %.
+  /// Prefetches what is read next, a share with each step of the keys: dq_sums, and the queries of the next head or
+  /// tile.
+  /// Without this, waiting took 5 %.
   [[gnu::always_inline]] inline void fetch_ahead(int64_t head, int64_t tile, int64_t key) const {
     const auto share = [&](int64_t all, int64_t end) { return all * (end - low_) / (high_ - low_); };
     const bool last = head + 1 == (kv_head_ + 1) * group_;
@@ -165,21 +176,22 @@ class Backward {
     fetch<2>(dq_sums<M>(x_, head, tile) + share(sums, key), share(sums, end) - share(sums, key));
   }
 
-  /// p and ds of some keys and all queries of the tile.
+  /// Makes p and ds of kKeyStep keys and all queries of the tile.
   void add_scores(int64_t key) {
     M::template matmul<Start::zero>(space_.k + key * words_, words_, space_.q_columns, columns_, M::kKeyStep, columns_,
                                     words_, space_.scores, columns_);
     M::template matmul<Start::zero>(space_.v + key * words_, words_, space_.do_columns, columns_, M::kKeyStep, columns_,
                                     words_, space_.dp, columns_);
     if (key >= open_low_ && key + M::kKeyStep <= open_high_) {
-      soften<false>(key);
+      store_p_and_ds<false>(key);
     } else {
-      soften<true>(key);
+      store_p_and_ds<true>(key);
     }
   }
 
+  /// Turns scores and dp into p and ds, packed as operands of the matmuls that follow.
   template <bool kMasked>
-  void soften(int64_t key) {
+  void store_p_and_ds(int64_t key) {
     const Vec scale = broadcast(x_.scale), log2e = broadcast(static_cast<float>(kLog2E)), zero = broadcast(0.0f);
     for (int64_t i = 0; i < M::kKeyStep; i += 2) {
       float* p_to = space_.p + (key + i) * columns_ / M::kStep;
@@ -192,7 +204,7 @@ class Backward {
 #pragma GCC unroll 2
           for (int b = 0; b < 2; ++b) {
             const int64_t lane = j + b * kLanes, at = (i + a) * columns_ + lane;
-            // Never above 0 but for rounding, which large scores make large.
+            // The exponent exceeds 0 by rounding alone, which grows with the scores.
             const Vec exponent = minimum(zero, fms(load(space_.scores + at), scale, load(space_.lse + lane)) * log2e);
             p[a][b] = exp2<M::kBackwardDegree>(exponent);
             ds[a][b] = p[a][b] * (load(space_.dp + at) - load(space_.delta + lane));
@@ -214,6 +226,7 @@ class Backward {
     }
   }
 
+  /// Writes dk or dv from its sums.
   void write(const Heads& to, const float* sums, float scale) const {
     for (int64_t i = 0; i < keys_; ++i) {
       T* row = static_cast<T*>(to.data) + (key_ + i) * to.token_stride + kv_head_ * to.head_stride;
@@ -227,10 +240,11 @@ class Backward {
   BackwardSpace<M> space_;
   int64_t kv_head_, group_, key_tile_, key_, keys_, words_;
   std::atomic<int64_t>* done_;
-  int64_t query_ = 0, queries_ = 0, columns_ = 0;              // of the query tile
-  int64_t low_ = 0, high_ = 0, open_low_ = 0, open_high_ = 0;  // keys of this tile that it sees
+  int64_t query_ = 0, queries_ = 0, columns_ = 0;  // first query, number of queries, the same padded: of the query tile
+  int64_t low_ = 0, high_ = 0, open_low_ = 0, open_high_ = 0;  // keys of this tile that the query tile sees
 };
 
+/// Fills delta and clears dq_sums for one query tile.
 template <class T, class M>
 void prepare(const FrameAttentionProblem& x, int64_t tile) {
   const int64_t first = tile * M::kQueryTile, end = smaller(x.queries, first + M::kQueryTile);
@@ -251,6 +265,7 @@ void prepare(const FrameAttentionProblem& x, int64_t tile) {
   }
 }
 
+/// Writes dq of one query tile from dq_sums.
 template <class T, class M>
 void finish(const FrameAttentionProblem& x, int64_t tile, float* scratch) {
   const int64_t first = tile * M::kQueryTile, end = smaller(x.queries, first + M::kQueryTile);

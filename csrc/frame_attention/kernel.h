@@ -1,5 +1,8 @@
-// Frame attention written once over simd_*.h, simd_math.h and a matmul; each frame_attention_<isa>.cpp includes the
-// vocabulary of its instruction set, then this, and fills in its table.
+// The table of frame attention's kernels. base.cpp, avx2.cpp, avx512.cpp and their siblings include the vectors of
+// their instruction set (simd/<isa>.h), then this file, and define their table from kAnyInFp32 or kBf16In.
+//
+// forward.h and backward.h hold the algorithms. M is the way to compute: Vectors<...> of matmul.h or OnTiles<...> of
+// tiles.h. T is the storage type of q, k and v.
 #pragma once
 
 #include <type_traits>
@@ -30,7 +33,7 @@ void backward_tile(const FrameAttentionProblem& x, int64_t kv_head, int64_t key_
   Backward<T, M>(x, kv_head, key_tile, scratch).run();
 }
 
-/// Calls body with a null pointer of the storage type.
+/// Calls body with a null pointer to the storage type: a type as an argument.
 template <class Body>
 inline void with_storage(Dtype dtype, Body body) {
   switch (dtype) {
@@ -65,12 +68,12 @@ inline void with_storage(Dtype dtype, Body body) {
                [&](auto* storage) { finish<std::remove_pointer_t<decltype(storage)>, Fp32>(x, query_tile, scratch); });
 }
 
-/// bf16, fp16 and fp32 storage, all of it computed in fp32.
+/// Kernels for bf16, fp16 and fp32 storage that compute in fp32.
 [[maybe_unused]] constexpr FrameAttentionKernels kAnyInFp32 = {
     Fp32::kQueryTile,       Fp32::kKeyTile, Fp32::forward_tile, Fp32::begin,  Fp32::end, forward_scratch<Fp32>,
     backward_scratch<Fp32>, forward_any,    prepare_any,        backward_any, finish_any};
 
-/// bf16 storage computed in bf16 words.
+/// Kernels for bf16 storage that compute in words of two bf16.
 template <class M>
 constexpr FrameAttentionKernels kBf16In = {M::kQueryTile,
                                            M::kKeyTile,

@@ -1,4 +1,9 @@
-// The matmul under frame attention in vector registers: C[m, n] = A[m, k] B[k, n] out of packed words, fp32 sums.
+// The matmul of frame attention in vector registers, out of packed words (operands.h), with fp32 sums:
+//     C[m, n] = (0, C[m, n] or factor[m] C[m, n]) + sum over k of A[m, k] B[k, n].
+//
+// A register block of kBlockRows x kBlockVecs vectors of C is summed over all of k. Each step loads kBlockVecs vectors
+// of B, and broadcasts one word of A for each row. `panel` walks down the rows of a block column, `matmul_run` over the
+// columns.
 #pragma once
 
 #include "frame_attention/operands.h"
@@ -6,9 +11,9 @@
 namespace lumos {
 namespace {
 
-enum class Start { zero, sum, scaled };  // what is added to: nothing, C, or C times a factor for each row
+enum class Start { zero, sum, scaled };  // the sums start at zero, at C, or at C times a factor for each row
 
-/// Rows of a register block. 6 x 4 vectors fill 24 of AVX-512's 32 registers, 6 x 2 fill 12 of the 16 elsewhere.
+/// The rows of a register block. 6 x 4 vectors take 24 of AVX-512's 32 registers, 6 x 2 take 12 of the 16 elsewhere.
 constexpr int kBlockRows = 6;
 #if defined(__AVX512F__)
 constexpr int kBlockVecs = 4;
@@ -41,7 +46,7 @@ inline void block(const float* a, int64_t a_stride, const float* b, int64_t b_st
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
       float* to = c + i * c_stride + j * kLanes;
-      // What C holds comes last: summed into it step by step, small terms would lose more bits.
+      // C is added at the end. With C as the initial sum, small terms would lose more bits.
       if constexpr (kStart == Start::sum) sums[i][j] = load(to) + sums[i][j];
       if constexpr (kStart == Start::scaled) sums[i][j] = fma(load(to), broadcast(factors[i]), sums[i][j]);
       store(to, sums[i][j]);
@@ -76,31 +81,33 @@ template <class M, Start kStart>
   }
 }
 
-/// How a kernel computes: its words, the sizes that suit its matmul, and the matmul.
+/// A way to compute (M in the kernels): its words, the tile sizes that suit its matmul, and the matmul.
 template <class Words>
 struct Vectors : Words {
-  static constexpr int64_t kRows = kBlockRows;  // query rows of forward that go together
-  /// Of backward; fixed, as is the order of every sum. A key tile packs every query it sees and adds to all of dq: in
-  /// bf16, 384 keys took 6 to 8 % less time than 192 (Zen 4).
+  static constexpr int64_t kRows = kBlockRows;  // query rows of a row block of forward
+  /// The tiles of backward. They are fixed, and with them the order of every sum. A key tile packs every query that it
+  /// sees and adds to all of dq, so larger tiles do less of both: in bf16, 384 keys took 6 to 8 % less time than 192
+  /// (Zen 4).
   static constexpr int64_t kQueryTile = 128, kKeyTile = Words::kStep == 2 ? 384 : 192;
-  static constexpr int64_t kKeyStep = 4 * kBlockRows;  // keys of backward that go together, or are skipped together
-  static constexpr bool kFixedReference = Words::kStep == 2;  // 3 % of forward's time in bf16; see Forward
+  static constexpr int64_t kKeyStep = 4 * kBlockRows;  // keys of backward that are computed, or skipped, together
+  static constexpr bool kFixedReference = Words::kStep == 2;  // saves 3 % of forward's time in bf16; see forward.h
 
-  /// Query tokens of an item of forward: about 384 rows share a packed block of keys, whatever the group.
+  /// Returns the query tokens of an item of forward: about 384 rows share a packed block of keys, whatever the group.
   static int64_t forward_tile(int64_t group) {
     const int64_t tokens = (384 / group + kRows - 1) / kRows * kRows;
     return tokens < 4 * kRows ? 4 * kRows : tokens;
   }
 
-  /// Keys of a block of forward: its K and V, 32 KB in bf16, stay near L1 while all rows of the tile pass.
+  /// Returns the keys of a block of forward. Its K and V, 32 KB in bf16, stay near L1 while all rows of the item pass.
   static int64_t key_block(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
 
   static void begin() {}
   static void end() {}
 
-  /// C [rows, columns] from A [rows, steps] and B [steps, columns] in words; rows are even, columns multiples of 32.
+  /// Computes C [rows, columns] from A [rows, steps] and B [steps, columns] in words. The rows are even, the columns a
+  /// multiple of 32.
   ///
-  /// In fp32 the steps are summed in runs: with one long chain the error was 2 to 3 times that of torch's matmul.
+  /// fp32 sums the steps in runs of 16 or 32: with one long chain the error was 2 to 3 times that of torch's matmul.
   template <Start kStart>
   static void matmul(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t columns,
                      int64_t steps, float* c, int64_t c_stride, const float* factors = nullptr) {

@@ -1,11 +1,13 @@
-// The operands of frame attention's matmuls: 32-bit words in float arrays, and how tensors are packed into them.
+// The operands of frame attention's matmuls, and how tensors are packed into them.
 //
-// A word is a float or two bf16 that are neighbours along the summed dimension k, whose products one instruction adds.
-// With kStep channels to a word, C[m, n] = A[m, k] B[k, n] takes
-//     rows     [n][k / kStep]   operand A
-//     columns  [k / kStep][n]   operand B
-// Both are made from [n][k] storage by pack_rows (k along memory) or pairs_of_rows (k across rows) and a transpose of
-// words. bf16 tiles of AMX want the same two forms.
+// An operand is an array of 32-bit words, declared as float. A word is one float, or two bf16 that are neighbours along
+// the summed dimension k: one instruction multiplies both and adds both products. With kStep elements to a word,
+// C[m, n] = A[m, k] B[k, n] takes
+//     A as rows     [m][k / kStep],
+//     B as columns  [k / kStep][n].
+// Tensors are stored [token][channel]. Where k are the channels, pack_rows gives the words, and a transpose of words
+// turns rows into columns. Where k are the tokens, pairs_of_rows gives the columns. The bf16 tiles of AMX take the same
+// two forms.
 #pragma once
 
 #include <cstdint>
@@ -17,15 +19,15 @@
 namespace lumos {
 namespace {
 
-constexpr int64_t kColumns = 32;  // columns of a matmul come in multiples of this
+constexpr int64_t kColumns = 32;  // the columns of a matmul are a multiple of this
 
 struct Fp32Words {
   static constexpr int kStep = 1;
-  static constexpr int kForwardDegree = 6, kBackwardDegree = 6;  // of exp2
+  static constexpr int kForwardDegree = 6, kBackwardDegree = 6;  // of the polynomial of exp2
 
   static Vec dot(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
 
-  /// 2 * kLanes neighbours along k of an operand A.
+  /// Stores 2 * kLanes neighbours along k of an operand A.
   static void store_along(float* to, Vec first, Vec second) {
     store(to, first);
     store(to + kLanes, second);
@@ -35,7 +37,7 @@ struct Fp32Words {
 #if defined(LUMOS_AVX512_BF16)
 struct Bf16Words {
   static constexpr int kStep = 2;
-  static constexpr int kForwardDegree = 5, kBackwardDegree = 3;  // lse is fp32, what backward makes is rounded to bf16
+  static constexpr int kForwardDegree = 5, kBackwardDegree = 3;  // lse is fp32; backward rounds p and ds to bf16
 
   static Vec dot(Vec sum, Vec a, Vec b) {
     return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
@@ -45,13 +47,13 @@ struct Bf16Words {
   static void store_along(float* to, Vec first, Vec second) {
     _mm512_storeu_ps(to, reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(second.v, first.v)));
   }
-  /// Words whose halves are the two vectors' lanes: neighbours along k lie in two rows.
+  /// Returns words whose halves are the lanes of the two vectors: neighbours along k lie in two rows.
   static Vec across(Vec first, Vec second) {
     const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(first.v)));
     const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(second.v)));
     return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
   }
-  /// The same from storage.
+  /// Returns such words from two rows of storage.
   static Vec across(const BFloat16* first, const BFloat16* second) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
@@ -60,10 +62,8 @@ struct Bf16Words {
 };
 #endif
 
-// ---- packing ----
-
-/// Rows of one head, from `first` on. Rows whose limits are empty, and rows from `count` on, are read as zeros: what
-/// nobody may see can hold anything, and 0 * NaN is NaN.
+/// Rows of one head, from `first` on. Rows whose limits are empty, and rows from `count` on, are read as zeros: a row
+/// that nobody sees may hold anything, and 0 * NaN would be NaN.
 template <class T>
 struct Source {
   const T* data;
@@ -81,7 +81,7 @@ struct Source {
   const T* row(int64_t i) const { return i < count && start[i] < end[i] ? data + i * stride : nullptr; }
 };
 
-/// Rows [first, first + rows) to [rows][D / kStep]: an operand A along the channels.
+/// Packs the rows [first, first + rows) into words [rows][D / kStep]: an operand A whose k are the channels.
 template <class M, class T>
 inline void pack_rows(const Source<T>& source, int64_t first, int64_t rows, float* to) {
   const int64_t words = source.head_dim / M::kStep;
@@ -91,14 +91,15 @@ inline void pack_rows(const Source<T>& source, int64_t first, int64_t rows, floa
       std::memset(to, 0, words * sizeof(float));
     } else if constexpr (sizeof(T) * M::kStep == sizeof(float)) {
       const auto* from = reinterpret_cast<const float*>(row);
-      for (int64_t d = 0; d < words; d += kLanes) store(to + d, load(from + d));  // less than a call of memcpy takes
+      for (int64_t d = 0; d < words; d += kLanes) store(to + d, load(from + d));  // faster than a call of memcpy
     } else {
       for (int64_t d = 0; d < words; d += kLanes) store(to + d, load(row + d));
     }
   }
 }
 
-/// to [rows / kStep][D] from rows: an operand B along the tokens. Under Fp32 the rows are that already.
+/// Packs rows into words [rows / kStep][D]: an operand B whose k are the tokens. In fp32 the rows already have that
+/// form.
 template <class M>
 inline void pairs_of_rows(const float* from, int64_t rows, int64_t head_dim, float* to) {
   if constexpr (M::kStep == 1) {
@@ -111,11 +112,10 @@ inline void pairs_of_rows(const float* from, int64_t rows, int64_t head_dim, flo
   }
 }
 
-/// Operands B of rows, a multiple of kColumns, but for those that are null: columns [D / kStep][rows] along the
-/// channels, pairs [rows / kStep][D] along the tokens.
+/// Packs rows, a multiple of kColumns, as operands B. columns [D / kStep][rows] has the channels as k, pairs
+/// [rows / kStep][D] the tokens; a null one is left out.
 ///
-/// `few` holds kColumns rows on their way. They stay in L1: with all rows at once packing missed it, and took twice the
-/// time.
+/// `few` holds kColumns rows in between, which stay in L1. Packing all rows at once missed L1 and took twice the time.
 template <class M, class T>
 inline void pack(const Source<T>& source, int64_t rows, float* few, float* columns, float* pairs) {
   const int64_t words = source.head_dim / M::kStep;
@@ -126,7 +126,7 @@ inline void pack(const Source<T>& source, int64_t rows, float* few, float* colum
   }
 }
 
-/// The largest of the sums of squares down the columns of words [rows][columns]; NaN where one of them is.
+/// Returns the largest sum of squares down a column of words [rows][columns], NaN where one of the sums is NaN.
 template <class M>
 inline float largest_square(const float* words, int64_t rows, int64_t columns) {
   Vec largest = broadcast(0.0f);
@@ -136,7 +136,7 @@ inline float largest_square(const float* words, int64_t rows, int64_t columns) {
       const Vec word = load(words + i * columns + j);
       sum = M::dot(sum, word, word);
     }
-    largest = maximum(sum, largest + (sum - sum));  // sum - sum: where the maximum would drop a NaN, or an infinity
+    largest = maximum(sum, largest + (sum - sum));  // sum - sum makes a NaN or an infinity stick
   }
   alignas(64) float lanes[kLanes];
   store(lanes, largest);
@@ -146,7 +146,7 @@ inline float largest_square(const float* words, int64_t rows, int64_t columns) {
   return found;
 }
 
-/// The same along the rows, but that rows with a NaN do not count.
+/// Returns the largest sum of squares along a row of words [rows][columns]. Rows with a NaN do not count.
 template <class M>
 inline float largest_row_square(const float* words, int64_t rows, int64_t columns) {
   float found = 0;

@@ -1,4 +1,7 @@
-// Frame attention on the CPU: query i sees the keys kv_start[i] <= j < kv_end[i]; both limits are non-decreasing.
+// The problem of frame attention in plain structs, and the table of kernels of an instruction set.
+//
+// Query i sees the keys kv_start[i] <= j < kv_end[i]. Neither limit ever falls from one row to the next. The kernels
+// need that: they take the keys that a tile of rows sees from its first and last row.
 #pragma once
 
 #include <atomic>
@@ -16,24 +19,26 @@ struct FrameAttentionProblem {
   ConstHeads q, k, v;
   const int32_t *kv_start, *kv_end;  // [queries]
   const int32_t *q_start, *q_end;    // [keys]
-  Heads o;                           // forward: written; backward: read
-  float* lse;                        // [q_heads, queries], natural logarithm; as o
+  Heads o;                           // written by forward, read by backward
+  float* lse;                        // [q_heads, queries], natural logarithm; written by forward, read by backward
 
-  // The rest is for backward.
+  // Backward alone uses the rest.
   ConstHeads grad_o;
   const float* grad_lse;  // [q_heads, queries] or null
   float* delta;           // [q_heads, queries]: sum(grad_o * o) - grad_lse
   float* dq_sums;         // [q_heads, query tiles, head_dim, query_tile]
-  std::atomic<int64_t>* done;  // [kv_heads, key tiles], 0 at the start: query tiles whose dq_sums hold this key tile
+  // [kv_heads, key tiles], 0 at the start: the number of query tiles to whose dq_sums this key tile has added.
+  std::atomic<int64_t>* done;
   Heads dq, dk, dv;
 };
 
-/// The kernels of one instruction set. `scratch` is 64-byte aligned and holds as many floats as the function of the
-/// same name says. An item of backward waits for that of the key tile before, so they must be started in order.
+/// The kernels of one instruction set. `scratch` is 64-byte aligned and holds as many floats as forward_scratch or
+/// backward_scratch says. An item of backward waits for the item of the key tile before it, so items must be started in
+/// ascending order of their key tile.
 struct FrameAttentionKernels {
-  int64_t query_tile, key_tile;  // tokens of the tiles of backward; fixed, so that the order of every sum is, too
+  int64_t query_tile, key_tile;  // tokens of the tiles of backward; fixed, and with them the order of every sum
   int64_t (*forward_tile)(int64_t group);
-  /// Around the calls of forward or backward on a thread: they own what state the instructions have.
+  /// A thread calls begin before its items and end after them: they set and release the state of the instructions.
   void (*begin)();
   void (*end)();
   int64_t (*forward_scratch)(const FrameAttentionProblem& problem);
@@ -50,7 +55,8 @@ struct FrameAttentionKernels {
 extern const FrameAttentionKernels kFrameAttentionBase;
 extern const FrameAttentionKernels kFrameAttentionAvx2;
 extern const FrameAttentionKernels kFrameAttentionAvx512;
-/// bf16 only: for CPUs that also have AVX512_BF16, those that have AMX-BF16 as well, and the latter in software.
+/// These three compute bf16 only. The first is for CPUs that also have AVX512_BF16, the second for those that have
+/// AMX-BF16 as well, and the third has the tiles of AMX in software.
 extern const FrameAttentionKernels kFrameAttentionAvx512Bf16;
 extern const FrameAttentionKernels kFrameAttentionAmx;
 extern const FrameAttentionKernels kFrameAttentionAmxModel;

@@ -1,5 +1,7 @@
-// What both passes of frame attention use. No functions of the standard library here: the linker would merge them with
-// other files' copies (see views.h).
+// Small functions that both passes of frame attention use.
+//
+// They call no inline function of the standard library. Every file that includes this is compiled for one instruction
+// set, and the linker would merge such a function with the copy of another file (see simd/views.h).
 #pragma once
 
 #include <math.h>
@@ -15,7 +17,7 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kInfinity = __builtin_inff();
-constexpr float kTiny = __FLT_MIN__;  // makes a scale of 0 keep what is masked at -infinity
+constexpr float kTiny = __FLT_MIN__;  // added to c: with a scale of 0, -infinity times c stays -infinity
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -25,21 +27,21 @@ inline void fill(float* to, int64_t count, float value) {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-/// Starts to bring floats from memory while the arithmetic goes on; kCache 3 into L1, 2 into L2.
+/// Prefetches elements while the arithmetic goes on: into L1 with kCache 3, into L2 with kCache 2.
 ///
-/// Inlined by force: GCC takes a function that only prefetches for one without effect, and drops its calls.
+/// The function is inlined by force: GCC takes one that only prefetches for one without effect and drops its calls.
 template <int kCache, class T>
 [[gnu::always_inline]] inline void fetch(const T* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, kCache);
 }
 
-/// The same for the row of a token and head.
+/// Prefetches the row of a token and head.
 template <int kCache, class T>
 [[gnu::always_inline]] inline void fetch_row(const ConstHeads& x, int64_t token, int64_t head, int64_t head_dim) {
   fetch<kCache>(static_cast<const T*>(x.data) + token * x.token_stride + head * x.head_stride, head_dim);
 }
 
-/// Hands out aligned pieces of the scratch; from address 0 it measures how much that is.
+/// Hands out aligned pieces of the scratch memory. With a null scratch it only measures how much the pieces take.
 class Pieces {
  public:
   explicit Pieces(float* scratch) : scratch_(scratch) {}

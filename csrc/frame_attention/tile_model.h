@@ -1,5 +1,5 @@
-// A model in plain C++ of the tile operations in frame_attention_tiles.h, bit for bit after the pseudocode of Intel's
-// instruction set reference: for tests on CPUs without AMX, and what AMX is checked against before its first use.
+// A model in plain C++ of the tile operations of tiles.h, bit for bit after the pseudocode of Intel's instruction set
+// reference. Tests use it on CPUs without AMX, and AMX is checked against it before its first use.
 #pragma once
 
 #include <xmmintrin.h>
@@ -18,7 +18,8 @@ struct ModelTiles {
   };
   inline static thread_local State state = {};
 
-  /// As the CPU: a tile that is not configured, or not as large as an instruction wants, is an illegal instruction.
+  /// Stops like the CPU does: a tile that is not configured, or has another size than the instruction takes, is an
+  /// illegal instruction.
   static void require(bool fine) {
     if (!fine) __builtin_trap();
   }
@@ -57,15 +58,15 @@ struct ModelTiles {
     static_assert(kSum != kA && kSum != kB && kA != kB);
     require(state.config.palette == 1 && rows(kSum) == rows(kA) && row_bytes(kSum) == row_bytes(kB) &&
             row_bytes(kA) == 4 * rows(kB));
-    // Denormals count as zeros, operands and results, and sums round to nearest even, whatever the caller's mode is.
+    // Denormal operands and results count as zeros, and sums round to nearest even, whatever mode the caller has.
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(0x9fc0);
     dot_rows(state.tiles[kSum], state.tiles[kA], state.tiles[kB], rows(kSum), rows(kB), row_bytes(kB) / 4);
     _mm_setcsr(mode);
   }
 
-  /// Of a row, the products of the pairs' first halves are one chain of fused multiply-adds, those of the second halves
-  /// another; their sum is then added to what the tile held.
+  /// Adds the products of one row of A. The first halves of the pairs make one chain of fused multiply-adds, the second
+  /// halves another. The sum of both chains is added to what the tile held.
   [[gnu::noinline]] static void dot_rows(uint8_t (*sums)[64], const uint8_t (*a)[64], const uint8_t (*b)[64], int rows,
                                          int pairs, int columns) {
     for (int i = 0; i < rows; ++i) {

@@ -1,7 +1,9 @@
-// The matmul under frame attention in AMX tiles, over a small set of tile operations: those of the CPU, or a model.
+// The matmul of frame attention in AMX tiles: C[m, n] = (0, C or factor C) + A[m, k] B[k, n], as in matmul.h.
 //
-// A tile is 16 rows of 64 bytes: 16 x 16 fp32 of C, 16 rows x 32 bf16 of A, or 16 pairs x 16 columns of B. The eight
-// hold a block of 32 x 32 sums (0 to 3), two tiles of A (4, 5) and two of B (6, 7): four products for four loads.
+// It is written over six tile operations, which are the CPU's instructions (AmxTiles) or a model of them in software
+// (tile_model.h). A tile has 16 rows of 64 bytes: 16 x 16 fp32 of C, 16 rows x 32 bf16 of A, or 16 pairs x 16 columns
+// of B. The eight tiles hold a block of 32 x 32 sums (0 to 3), two tiles of A (4, 5) and two of B (6, 7). So four
+// products take four loads.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +13,7 @@
 namespace lumos {
 namespace {
 
-/// What ldtilecfg reads.
+/// The configuration that ldtilecfg reads.
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -19,11 +21,11 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-/// All eight tiles in full size.
+/// The configuration of eight tiles in full size.
 constexpr TileConfig kFullTiles = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-/// The instructions, as assembly: GCC learnt them with version 11, and its intrinsics for tile loads and stores do not
-/// say that they touch memory, so ordinary stores would move across them. Here every one that does is a fence.
+/// The instructions of the CPU, as assembly. GCC knows them from version 11 on, and its intrinsics for tile loads and
+/// stores do not say that they touch memory: ordinary stores would move across them. Here each of those is a fence.
 struct AmxTiles {
   static void configure(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config) : "memory"); }
   static void release() { asm volatile("tilerelease" : : : "memory"); }
@@ -39,14 +41,14 @@ struct AmxTiles {
   static void store(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
   }
-  /// sum += a b
+  /// Adds the product of tiles kA and kB to tile kSum.
   template <int kSum, int kA, int kB>
   static void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
   }
 };
 
-/// Steps are words: 16 of them, 32 bf16, make a tile.
+/// Computes C in blocks of 32 x 32. The steps are words; 16 of them, which are 32 bf16, make a tile.
 template <class Tiles, Start kStart>
 [[gnu::noinline]] void matmul_tiles(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
                                     int64_t columns, int64_t steps, float* c, int64_t c_stride) {
@@ -85,12 +87,13 @@ template <class Tiles, Start kStart>
   }
 }
 
-/// bf16 words through tiles. Sizes from a trial on a CPU with AMX: key blocks of 256 beat 64 and 128, key tiles of 256
-/// beat 128, and nothing gained at 512.
+/// A way to compute (M in the kernels): bf16 words through tiles. The sizes come from a trial on a CPU with AMX: key
+/// blocks of 256 beat 64 and 128, key tiles of 256 beat 128, and 512 gained nothing.
 template <class Tiles>
 struct OnTiles : Bf16Words {
   static constexpr int64_t kRows = 32, kQueryTile = 128, kKeyTile = 256, kKeyStep = 32;
-  static constexpr bool kFixedReference = true;  // 18 to 29 % of forward's time there, where dots are this cheap
+  // Saves 18 to 29 % of forward's time, because products are so cheap here.
+  static constexpr bool kFixedReference = true;
 
   static int64_t forward_tile(int64_t group) {
     const int64_t tokens = 256 / group / kRows * kRows;
@@ -101,7 +104,7 @@ struct OnTiles : Bf16Words {
   static void begin() { Tiles::configure(kFullTiles); }
   static void end() { Tiles::release(); }
 
-  /// As Vectors::matmul; rows and columns are multiples of 32, steps of 16.
+  /// Computes what Vectors::matmul computes. Rows and columns are multiples of 32, steps multiples of 16.
   template <Start kStart>
   static void matmul(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t columns,
                      int64_t steps, float* c, int64_t c_stride, const float* factors = nullptr) {

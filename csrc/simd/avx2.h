@@ -1,4 +1,4 @@
-// Eight floats with AVX2, FMA and F16C. See simd_base.h for the vocabulary and for why it is in an anonymous namespace.
+// Eight floats with AVX2, FMA and F16C. See base.h for the vocabulary and for why it is in an anonymous namespace.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// Sixteen floats with AVX-512 F, BW, VL and DQ. See simd_base.h for the vocabulary and the anonymous namespace.
+// Sixteen floats with AVX-512 F, BW, VL and DQ. See base.h for the vocabulary and the anonymous namespace.
 #pragma once
 
 #include <immintrin.h>

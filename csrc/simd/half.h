@@ -14,7 +14,7 @@ struct Half {
   uint16_t bits;
 };
 
-// Internal to each file that includes them, like all code that several instruction sets compile (see simd_base.h).
+// Internal to each file that includes them, like all code that several instruction sets compile (see base.h).
 namespace {
 
 inline uint32_t bits_of(float x) {

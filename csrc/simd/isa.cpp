@@ -10,7 +10,7 @@
 namespace lumos {
 namespace {
 
-// __builtin_cpu_supports also asks whether the operating system saves the registers.
+// __builtin_cpu_supports also tests whether the operating system saves the registers.
 bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -24,17 +24,17 @@ bool runs_avx2() {
 
 bool runs_base() { return true; }
 
-/// Compilers older than the tiles do not know their names, so this reads CPUID (leaf 7: AMX-BF16 and AMX-TILE) and XCR0
-/// (17 and 18: configuration and data of tiles are saved) itself.
+/// Returns whether the CPU has tiles. Older compilers do not know their names, so this reads CPUID (leaf 7: AMX-BF16
+/// and AMX-TILE) and XCR0 (bits 17 and 18: configuration and data of tiles are saved) itself.
 bool has_tiles() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
   unsigned low, high;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));  // there with AVX-512, which is asked for first
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));  // xgetbv is there with AVX-512, which runs_amx tests first
   return (low >> 17 & 3) == 3;
 }
 
-/// Linux lets a process use tiles once it has asked, and then every thread of it.
+/// Asks Linux for permission to use tiles, once for all threads of the process. Returns whether that was granted.
 bool may_use_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -1,10 +1,11 @@
-// Instruction sets that CPU kernels are compiled for, and which of them this CPU runs.
+// The instruction sets that CPU kernels are compiled for, and the test of whether this CPU runs them.
 #pragma once
 
 namespace lumos {
 
-/// Ordered from the weakest to the strongest; the value is what Python hands to an op. An op without code for one of
-/// them runs the next weaker. amx_model is amx with its tiles in software: slow, for tests, never chosen by itself.
+/// The instruction sets from the weakest to the strongest. Python hands their values to the ops. An op without code for
+/// one of them runs the next weaker one. amx_model is amx with its tiles in software: it is slow, is there for tests,
+/// and is never chosen by itself.
 enum class Isa : int { base, avx2, avx512, avx512_bf16, amx, amx_model };
 
 struct IsaInfo {
@@ -13,7 +14,7 @@ struct IsaInfo {
   bool (*supported)();
 };
 
-/// All of them, best first, the model last.
+/// All instruction sets, best first, the model last.
 inline constexpr int kIsaCount = 6;
 extern const IsaInfo kIsas[kIsaCount];
 

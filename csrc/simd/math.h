@@ -1,4 +1,4 @@
-// What attention needs beyond the vocabulary of simd_*.h, one of which is included before this:
+// Functions on Vec beyond those of base.h, avx2.h and avx512.h, one of which is included before this file:
 //     maximum, minimum, max_lane, select_between, lane_numbers, exp2 and transpose.
 #pragma once
 
@@ -11,12 +11,12 @@ constexpr int kLanes = Vec::kLanes;
 
 #if defined(__AVX512F__)
 
-/// Where one of them is NaN, b.
+/// maximum and minimum return b where one of the two is NaN.
 inline Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline float max_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-/// x where low <= index < high, else other.
+/// Returns x where low <= index < high, else other.
 inline Vec select_between(Vec low, Vec index, Vec high, Vec x, Vec other) {
   const __mmask16 from = _mm512_cmp_ps_mask(low.v, index.v, _CMP_LE_OQ);
   return {_mm512_mask_mov_ps(other.v, _mm512_mask_cmp_ps_mask(from, index.v, high.v, _CMP_LT_OQ), x.v)};
@@ -25,7 +25,7 @@ inline Vec select_between(Vec low, Vec index, Vec high, Vec x, Vec other) {
 inline Vec round_to_integer(Vec x) { return {_mm512_roundscale_ps(x.v, 0)}; }
 inline Vec times_power_of_2(Vec x, Vec power, Vec) { return {_mm512_scalef_ps(x.v, power.v)}; }
 
-/// to[j][i] = from[i][j] for a square of kLanes x kLanes.
+/// Writes to[j][i] = from[i][j] for a square of kLanes x kLanes.
 inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   __m512 r[16], t[16];
 #pragma GCC unroll 16
@@ -44,7 +44,8 @@ inline void transpose_square(const float* from, int64_t from_stride, float* to, 
   }
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    const __m512 ab_even = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), ab_odd = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
+    const __m512 ab_even = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);
+    const __m512 ab_odd = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
     const __m512 cd_even = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
     const __m512 cd_odd = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
     _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(ab_even, cd_even, 0x88));
@@ -129,7 +130,7 @@ inline void transpose_square(const float* from, int64_t from_stride, float* to, 
 
 #endif
 
-/// to[j][i] = from[i][j]; rows and columns are multiples of kLanes. Moves 32-bit words, whatever they hold.
+/// Writes to[j][i] = from[i][j]. Rows and columns are multiples of kLanes. It moves 32-bit words, whatever they hold.
 inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                       int64_t to_stride) {
   for (int64_t i = 0; i < rows; i += kLanes) {
@@ -139,14 +140,14 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
   }
 }
 
-/// 0, 1, 2 ...
+/// Returns 0, 1, 2 ... in the lanes.
 inline Vec lane_numbers() {
   alignas(64) static constexpr float numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return load(numbers);
 }
 
-/// 2^f for |f| <= 1/2, exactly 1 at 0. kDegree 3, 5 or 6: relative error 1e-4, 9e-8 or 2e-9 before rounding (least
-/// largest relative error with the constant term held at 1).
+/// Returns 2^f for |f| <= 1/2, exactly 1 at 0. With kDegree 3, 5 or 6 the relative error before rounding is 1e-4, 9e-8
+/// or 2e-9. The polynomials have the least largest relative error among those with the constant term 1.
 template <int kDegree>
 inline Vec exp2_fraction(Vec f) {
   static_assert(kDegree == 3 || kDegree == 5 || kDegree == 6);
@@ -169,17 +170,17 @@ inline Vec exp2_fraction(Vec f) {
   return fma(y, f, broadcast(1.0f));
 }
 
-/// 2^x for x <= 0, exactly 1 at 0; 0 below 2^-126.
+/// Returns 2^x for x <= 0, exactly 1 at 0, and 0 where the result would be below 2^-126.
 template <int kDegree>
 inline Vec exp2(Vec x) {
   const Vec power = round_to_integer(x);
   return times_power_of_2(exp2_fraction<kDegree>(x - power), power, x);
 }
 
-/// 2^(a b - reference) for an integer reference, up to 2^127; 0 below 2^-126. Another reference changes the result by
-/// that power of 2 exactly, as long as it is not 0.
+/// Returns 2^(a b - reference) for an integer reference, up to 2^127, and 0 where the result would be below 2^-126.
+/// Another reference changes a result that is not 0 by exactly a power of 2.
 ///
-/// kLarge: a b may be 2^24 and more, where floats are further apart than 1; the fraction is held within that.
+/// kLarge: a b may be 2^24 and more, where floats are further apart than 1. The fraction is then held within [-1, 1].
 template <int kDegree, bool kLarge>
 inline Vec exp2_product(Vec a, Vec b, Vec reference) {
   const Vec power = round_to_integer(a * b), rest = power - reference;

@@ -1,8 +1,10 @@
-// What passes over rows of logits share; each file that includes this compiles it for its own instruction set.
+// The exponential and the reductions of passes over rows of logits. Each file that includes this compiles it for its
+// own instruction set.
 //
-// Plain loops over tiles of kTile floats, which the compiler turns into that set's vectors: nothing here depends on
-// their width, and without FMA all sets give the same bits. Sums run in kTile lanes, which also keeps them short.
-// No inline function of the standard library may be called on floats: the linker would merge the sets' copies.
+// The functions are plain loops over tiles of kTile floats, which the compiler turns into the vectors of the
+// instruction set. Nothing depends on their width, and without FMA all instruction sets give the same bits. Sums run in
+// kTile lanes, which also keeps their chains short. No inline function of the standard library may be called on floats:
+// the linker would merge the copies of different instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +18,12 @@ namespace {
 constexpr int64_t kTile = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-/// e^x for x <= 88, within 1.5 units in the last place; 0 below -87.3, where subnormals begin. NaN stays NaN.
+/// Returns e^x for x <= 88, within 1.5 units in the last place. It is 0 below -87.3, where subnormals begin, and
+/// infinite above 88. NaN stays NaN.
 inline float exp_of(float x) {
   constexpr float kLog2E = 0x1.715476p+0f, kToInteger = 0x1.8p23f;
-  constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;  // the first has 15 bits: exact products
+  // The first has 15 bits, so its products are exact.
+  constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   const float bounded = x < -87.3f ? -87.3f : (x > 88.0f ? 88.0f : x);
   const float shifted = bounded * kLog2E + kToInteger;
   const float turns = shifted - kToInteger;
@@ -30,7 +34,7 @@ inline float exp_of(float x) {
   return x < -87.3f ? 0.0f : (x > 88.0f ? kInfinity : scaled);
 }
 
-/// Calls body(64 values, where they begin, how many of them count); the last tile is filled up with -inf.
+/// Calls body(kTile values, where they begin, how many of them are valid). The last tile is padded with -inf.
 template <class Body>
 inline void each_tile(const float* from, int64_t count, Body body) {
   int64_t at = 0;
@@ -53,7 +57,8 @@ inline float max_of(const float* from, int64_t count) {
   return lanes[0];
 }
 
-/// What is subtracted from the logits of a block: as torch.logsumexp does, nothing where the maximum is infinite.
+/// Returns what is subtracted from the logits before exponentials: the maximum, or 0 where that is infinite, as
+/// torch.logsumexp does.
 inline float shift_of(float maximum) { return __builtin_fabsf(maximum) == kInfinity ? 0.0f : maximum; }
 
 }  // namespace

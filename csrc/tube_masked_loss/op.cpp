@@ -102,8 +102,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lumos_native, m) {
       "Tensor(b!) sum, Tensor(c!) target_logit, Tensor(d!) beaten, Tensor(e!)? dlogits, int isa) -> ()");
   m.def(
       "tube_masked_loss_finish(Tensor targets, Tensor? token_weight, float z_loss_weight, int classes, "
-      "int block_classes, Tensor maximum, Tensor sum, Tensor target_logit, Tensor beaten, Tensor(a!)? dlogits, int isa) "
-      "-> (Tensor, Tensor, Tensor)");
+      "int block_classes, Tensor maximum, Tensor sum, Tensor target_logit, Tensor beaten, Tensor(a!)? dlogits, "
+      "int isa) -> (Tensor, Tensor, Tensor)");
   m.def(
       "tube_masked_loss_gradient(Tensor logits, Tensor targets, int first, Tensor lse, Tensor dnll, Tensor dlse, "
       "Tensor(a!) dlogits, int isa) -> ()");
