@@ -69,6 +69,11 @@ def isa() -> str:
 
 def isa_value(name: str | None = None) -> int:
     """Return the number by which the compiled ops know an instruction set, by default the one of isa()."""
+    return _isa_values()[name or isa()]
+
+
+@functools.cache
+def _isa_values() -> dict[str, int]:
     from . import _host
 
-    return _host.ISA_VALUES[name or isa()]
+    return _host.ISA_VALUES
