@@ -1,4 +1,4 @@
-// For CPUs with AMX-BF16, all of which have AVX512_BF16 (see frame_attention_bf16_avx512.cpp).
+// The kernels for CPUs with AMX-BF16. All of these have AVX512_BF16 (see bf16_avx512.cpp).
 #pragma GCC target("avx512bf16")
 #define LUMOS_AVX512_BF16
 
@@ -9,6 +9,6 @@
 
 namespace lumos {
 
-const FrameAttentionKernels kFrameAttentionAmx = kBf16In<OnTiles<AmxTiles>>;
+const FrameAttentionKernels kFrameAttentionAmx = kBf16Kernels<TileMath<AmxTiles>>;
 
 }  // namespace lumos

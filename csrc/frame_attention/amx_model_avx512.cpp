@@ -1,4 +1,4 @@
-// The kernels of amx_avx512.cpp with tiles in software, for CPUs with AVX512_BF16 (see bf16_avx512.cpp).
+// The kernels of amx_avx512.cpp with tile registers modelled in software, for CPUs with AVX512_BF16.
 #pragma GCC target("avx512bf16")
 #define LUMOS_AVX512_BF16
 
@@ -9,6 +9,6 @@
 
 namespace lumos {
 
-const FrameAttentionKernels kFrameAttentionAmxModel = kBf16In<OnTiles<ModelTiles>>;
+const FrameAttentionKernels kFrameAttentionAmxModel = kBf16Kernels<TileMath<ModelTiles>>;
 
 }  // namespace lumos

@@ -4,6 +4,6 @@
 
 namespace lumos {
 
-const FrameAttentionKernels kFrameAttentionAvx2 = kAnyInFp32;
+const FrameAttentionKernels kFrameAttentionAvx2 = kFp32Kernels;
 
 }  // namespace lumos

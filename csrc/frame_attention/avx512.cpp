@@ -4,6 +4,6 @@
 
 namespace lumos {
 
-const FrameAttentionKernels kFrameAttentionAvx512 = kAnyInFp32;
+const FrameAttentionKernels kFrameAttentionAvx512 = kFp32Kernels;
 
 }  // namespace lumos

@@ -4,6 +4,6 @@
 
 namespace lumos {
 
-const FrameAttentionKernels kFrameAttentionBase = kAnyInFp32;
+const FrameAttentionKernels kFrameAttentionBase = kFp32Kernels;
 
 }  // namespace lumos

@@ -1,4 +1,4 @@
-// Before every include: what this file compiles may use AVX512_BF16 on top of the flags for avx512.
+// The pragma stands before every include. So all code of this file may use AVX512_BF16 on top of the flags for avx512.
 #pragma GCC target("avx512bf16")
 #define LUMOS_AVX512_BF16
 
@@ -8,6 +8,6 @@
 
 namespace lumos {
 
-const FrameAttentionKernels kFrameAttentionAvx512Bf16 = kBf16In<Bf16>;
+const FrameAttentionKernels kFrameAttentionAvx512Bf16 = kBf16Kernels<Bf16>;
 
 }  // namespace lumos

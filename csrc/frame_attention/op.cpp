@@ -1,4 +1,4 @@
-// Registers frame_attention under torch's stable ABI, and hands its items to the threads.
+// Registers frame_attention under torch's stable ABI and hands its items to the threads.
 #include <algorithm>
 #include <atomic>
 #include <optional>
@@ -35,12 +35,13 @@ const FrameAttentionKernels& frame_attention_kernels(int64_t isa, Dtype dtype) {
 /// Calls body(item, scratch) for the items 0 .. count - 1, with kernels.begin() and kernels.end() around the items of a
 /// thread.
 ///
-/// Items start in ascending order: a thread that is free takes the next number from one counter. An item of backward
-/// waits for the item of the key tile before, so with another order the threads could wait for each other.
+/// Items start in ascending order, since a free thread takes the next number of one counter. An item of backward waits
+/// for the item of the key tile before (see backward.h). With another order the threads could wait for each other.
 template <class Body>
 void each_item(const FrameAttentionKernels& kernels, int64_t count, int64_t scratch_floats, const Body& body) {
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  // Allocated before the threads start: a thread that ran out of memory would leave another waiting for its item.
+  // The scratch is allocated before the threads start. A thread that ran out of memory would leave another waiting for
+  // its item.
   const int64_t floats = (scratch_floats + 15) / 16 * 16;
   const Scratch scratch(workers * floats);
   std::atomic<int64_t> next{0};
@@ -74,7 +75,7 @@ FrameAttentionProblem frame_attention_problem(const Tensor& q, const Tensor& k, 
   return problem;
 }
 
-/// Returns the first tokens of the query tiles of the forward pass, the tiles that see the most keys first.
+/// Returns the first tokens of the query tiles of the forward pass. Tiles that see more keys come first.
 std::vector<int64_t> heaviest_first(const FrameAttentionProblem& problem) {
   std::vector<std::pair<int64_t, int64_t>> tiles;  // (minus the number of keys, first token)
   for (int64_t first = 0; first < problem.queries; first += problem.tile) {

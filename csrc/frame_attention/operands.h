@@ -1,13 +1,20 @@
-// The operands of frame attention's matmuls, and how tensors are packed into them.
+// The operands of frame attention's matmuls and how tensors are packed into them.
 //
-// An operand is an array of 32-bit words, declared as float. A word is one float, or two bf16 that are neighbours along
-// the summed dimension k: one instruction multiplies both and adds both products. With kStep elements to a word,
-// C[m, n] = A[m, k] B[k, n] takes
-//     A as rows     [m][k / kStep],
-//     B as columns  [k / kStep][n].
-// Tensors are stored [token][channel]. Where k are the channels, pack_rows gives the words, and a transpose of words
-// turns rows into columns. Where k are the tokens, pairs_of_rows gives the columns. The bf16 tiles of AMX take the same
-// two forms.
+// An operand is an array of 32-bit words, stored as floats. A word is one float (kStep 1) or two bf16 (kStep 2) that
+// are neighbours along the summed dimension k. One instruction multiplies words and adds the products. The matmul
+//     C[m, n] = A[m, k] B[k, n]
+// takes the operands
+//     A  [m][k / kStep]
+//     B  [k / kStep][n]
+// AMX tiles of bf16 take the same operands.
+//
+// A tensor [token][channel] is packed in four ways:
+//     pack_rows                              operand A, summed along the channels
+//     pack_rows, transpose                   operand B, summed along the channels
+//     pack_rows, interleave_rows             operand B, summed along the tokens
+//     pack_rows, interleave_rows, transpose  operand A, summed along the tokens
+// pack_rows pairs bf16 that are neighbours in a row, and interleave_rows pairs bf16 of two rows. transpose moves whole
+// words.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +30,12 @@ constexpr int64_t kColumns = 32;  // the columns of a matmul are a multiple of t
 
 struct Fp32Words {
   static constexpr int kStep = 1;
-  static constexpr int kForwardDegree = 6, kBackwardDegree = 6;  // of the polynomial of exp2
+  static constexpr int kForwardDegree = 6, kBackwardDegree = 6;  // of exp2's polynomial
 
   static Vec dot(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
 
-  /// Stores 2 * kLanes neighbours along k of an operand A.
-  static void store_along(float* to, Vec first, Vec second) {
+  /// Writes 2 * kLanes neighbours along k of an operand A.
+  static void store_words(float* to, Vec first, Vec second) {
     store(to, first);
     store(to + kLanes, second);
   }
@@ -37,24 +44,25 @@ struct Fp32Words {
 #if defined(LUMOS_AVX512_BF16)
 struct Bf16Words {
   static constexpr int kStep = 2;
-  static constexpr int kForwardDegree = 5, kBackwardDegree = 3;  // lse is fp32; backward rounds p and ds to bf16
+  /// Forward needs the higher degree, since lse is fp32. All that backward computes with exp2 is rounded to bf16.
+  static constexpr int kForwardDegree = 5, kBackwardDegree = 3;
 
   static Vec dot(Vec sum, Vec a, Vec b) {
     return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
   }
   static Vec ones() { return {_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))}; }
 
-  static void store_along(float* to, Vec first, Vec second) {
+  static void store_words(float* to, Vec first, Vec second) {
     _mm512_storeu_ps(to, reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(second.v, first.v)));
   }
-  /// Returns words whose halves are the lanes of the two vectors: neighbours along k lie in two rows.
-  static Vec across(Vec first, Vec second) {
+  /// Returns words of a lane of `first` and the same lane of `second`, for neighbours along k that lie in two rows.
+  static Vec interleave(Vec first, Vec second) {
     const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(first.v)));
     const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(second.v)));
     return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
   }
-  /// Returns such words from two rows of storage.
-  static Vec across(const BFloat16* first, const BFloat16* second) {
+  /// Does the same with rows in memory.
+  static Vec interleave(const BFloat16* first, const BFloat16* second) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
     return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
@@ -62,8 +70,8 @@ struct Bf16Words {
 };
 #endif
 
-/// Rows of one head, from `first` on. Rows whose limits are empty, and rows from `count` on, are read as zeros: a row
-/// that nobody sees may hold anything, and 0 * NaN would be NaN.
+/// The rows of one head, from token `first` on. A row whose limits are empty (start >= end) takes part in no attention.
+/// It may hold anything, and 0 * NaN is NaN, so it is read as zeros. Rows from `count` on are padding, also zeros.
 template <class T>
 struct Source {
   const T* data;
@@ -78,10 +86,11 @@ struct Source {
         head_dim(head_dim),
         start(start + first),
         end(end + first) {}
+  /// Returns row i, or null where the row is read as zeros.
   const T* row(int64_t i) const { return i < count && start[i] < end[i] ? data + i * stride : nullptr; }
 };
 
-/// Packs the rows [first, first + rows) into words [rows][D / kStep]: an operand A whose k are the channels.
+/// Packs rows [first, first + rows) to an operand A [rows][head_dim / kStep], summed along the channels.
 template <class M, class T>
 inline void pack_rows(const Source<T>& source, int64_t first, int64_t rows, float* to) {
   const int64_t words = source.head_dim / M::kStep;
@@ -98,37 +107,37 @@ inline void pack_rows(const Source<T>& source, int64_t first, int64_t rows, floa
   }
 }
 
-/// Packs rows into words [rows / kStep][D]: an operand B whose k are the tokens. In fp32 the rows already have that
-/// form.
+/// Packs rows to an operand B [rows / kStep][head_dim], summed along the tokens. With kStep 1 this is a copy.
 template <class M>
-inline void pairs_of_rows(const float* from, int64_t rows, int64_t head_dim, float* to) {
+inline void interleave_rows(const float* from, int64_t rows, int64_t head_dim, float* to) {
   if constexpr (M::kStep == 1) {
     std::memcpy(to, from, rows * head_dim * sizeof(float));
   } else {
     const auto* row = reinterpret_cast<const BFloat16*>(from);
     for (int64_t i = 0; i < rows; i += 2, row += 2 * head_dim, to += head_dim) {
-      for (int64_t d = 0; d < head_dim; d += kLanes) store(to + d, M::across(row + d, row + head_dim + d));
+      for (int64_t d = 0; d < head_dim; d += kLanes) store(to + d, M::interleave(row + d, row + head_dim + d));
     }
   }
 }
 
-/// Packs rows, a multiple of kColumns, as operands B. columns [D / kStep][rows] has the channels as k, pairs
-/// [rows / kStep][D] the tokens; a null one is left out.
+/// Packs `rows` rows, a multiple of kColumns, to operands B: `by_channel` [head_dim / kStep][rows], summed along the
+/// channels, and `by_token` [rows / kStep][head_dim], summed along the tokens. Either may be null.
 ///
-/// `few` holds kColumns rows in between, which stay in L1. Packing all rows at once missed L1 and took twice the time.
+/// `staging` holds kColumns rows at a time, which stay in L1. With all rows at once packing missed L1 and took twice
+/// the time.
 template <class M, class T>
-inline void pack(const Source<T>& source, int64_t rows, float* few, float* columns, float* pairs) {
+inline void pack(const Source<T>& source, int64_t rows, float* staging, float* by_channel, float* by_token) {
   const int64_t words = source.head_dim / M::kStep;
   for (int64_t i = 0; i < rows; i += kColumns) {
-    pack_rows<M>(source, i, kColumns, few);
-    if (columns) transpose(few, words, kColumns, words, columns + i, rows);
-    if (pairs) pairs_of_rows<M>(few, kColumns, source.head_dim, pairs + i / M::kStep * source.head_dim);
+    pack_rows<M>(source, i, kColumns, staging);
+    if (by_channel) transpose(staging, words, kColumns, words, by_channel + i, rows);
+    if (by_token) interleave_rows<M>(staging, kColumns, source.head_dim, by_token + i / M::kStep * source.head_dim);
   }
 }
 
-/// Returns the largest sum of squares down a column of words [rows][columns], NaN where one of the sums is NaN.
+/// Returns the largest sum of squares of a column of words [rows][columns], or NaN if any sum is NaN or infinite.
 template <class M>
-inline float largest_square(const float* words, int64_t rows, int64_t columns) {
+inline float largest_column_square(const float* words, int64_t rows, int64_t columns) {
   Vec largest = broadcast(0.0f);
   for (int64_t j = 0; j < columns; j += kLanes) {
     Vec sum = broadcast(0.0f);
@@ -136,7 +145,8 @@ inline float largest_square(const float* words, int64_t rows, int64_t columns) {
       const Vec word = load(words + i * columns + j);
       sum = M::dot(sum, word, word);
     }
-    largest = maximum(sum, largest + (sum - sum));  // sum - sum makes a NaN or an infinity stick
+    // sum - sum is 0, or NaN where sum is NaN or infinite. Without it the maximum would drop a NaN.
+    largest = maximum(sum, largest + (sum - sum));
   }
   alignas(64) float lanes[kLanes];
   store(lanes, largest);
@@ -146,7 +156,7 @@ inline float largest_square(const float* words, int64_t rows, int64_t columns) {
   return found;
 }
 
-/// Returns the largest sum of squares along a row of words [rows][columns]. Rows with a NaN do not count.
+/// Returns the largest sum of squares of a row of words [rows][columns]. A row with a NaN does not count.
 template <class M>
 inline float largest_row_square(const float* words, int64_t rows, int64_t columns) {
   float found = 0;

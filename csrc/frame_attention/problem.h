@@ -1,7 +1,8 @@
-// The problem of frame attention in plain structs, and the table of kernels of an instruction set.
+// Frame attention on the CPU. Query i sees the keys kv_start[i] <= j < kv_end[i], and key j is seen by the queries
+// q_start[j] <= i < q_end[j].
 //
-// Query i sees the keys kv_start[i] <= j < kv_end[i]. Neither limit ever falls from one row to the next. The kernels
-// need that: they take the keys that a tile of rows sees from its first and last row.
+// No limit falls from one token to the next. The kernels rely on it: they bound what a tile sees by the limits of its
+// first and last token.
 #pragma once
 
 #include <atomic>
@@ -15,30 +16,31 @@ struct FrameAttentionProblem {
   Dtype dtype;
   int64_t queries, keys, q_heads, kv_heads, head_dim;  // head_dim is a multiple of 32
   float scale;
-  int64_t tile;  // query tokens of an item of the forward pass: forward_tile(q_heads / kv_heads)
+  int64_t tile;  // query tokens of an item of the forward pass, forward_tile(q_heads / kv_heads)
   ConstHeads q, k, v;
   const int32_t *kv_start, *kv_end;  // [queries]
   const int32_t *q_start, *q_end;    // [keys]
-  Heads o;                           // written by forward, read by backward
-  float* lse;                        // [q_heads, queries], natural logarithm; written by forward, read by backward
+  Heads o;                           // forward: written; backward: read
+  float* lse;                        // [q_heads, queries], natural logarithm; written or read as o
 
-  // Backward alone uses the rest.
+  // Only backward uses the rest.
   ConstHeads grad_o;
   const float* grad_lse;  // [q_heads, queries] or null
   float* delta;           // [q_heads, queries]: sum(grad_o * o) - grad_lse
   float* dq_sums;         // [q_heads, query tiles, head_dim, query_tile]
-  // [kv_heads, key tiles], 0 at the start: the number of query tiles to whose dq_sums this key tile has added.
+  /// [kv_heads, key tiles], 0 at the start: how many query tiles have dq_sums that hold this key tile (see backward.h).
   std::atomic<int64_t>* done;
   Heads dq, dk, dv;
 };
 
 /// The kernels of one instruction set. `scratch` is 64-byte aligned and holds as many floats as forward_scratch or
-/// backward_scratch says. An item of backward waits for the item of the key tile before it, so items must be started in
-/// ascending order of their key tile.
+/// backward_scratch returns. An item of backward waits for the item of the key tile before, so items must start in
+/// order.
 struct FrameAttentionKernels {
-  int64_t query_tile, key_tile;  // tokens of the tiles of backward; fixed, and with them the order of every sum
+  int64_t query_tile, key_tile;  // tokens of the tiles of backward; constants, so the order of every sum is fixed
   int64_t (*forward_tile)(int64_t group);
-  /// A thread calls begin before its items and end after them: they set and release the state of the instructions.
+  /// A thread calls begin before its calls of forward or backward and end after them. They set up and release the state
+  /// of the instructions.
   void (*begin)();
   void (*end)();
   int64_t (*forward_scratch)(const FrameAttentionProblem& problem);
@@ -55,8 +57,8 @@ struct FrameAttentionKernels {
 extern const FrameAttentionKernels kFrameAttentionBase;
 extern const FrameAttentionKernels kFrameAttentionAvx2;
 extern const FrameAttentionKernels kFrameAttentionAvx512;
-/// These three compute bf16 only. The first is for CPUs that also have AVX512_BF16, the second for those that have
-/// AMX-BF16 as well, and the third has the tiles of AMX in software.
+/// The next three take bf16 only. They are for CPUs with AVX512_BF16, for CPUs with AMX-BF16 as well, and for AMX-BF16
+/// modelled in software.
 extern const FrameAttentionKernels kFrameAttentionAvx512Bf16;
 extern const FrameAttentionKernels kFrameAttentionAmx;
 extern const FrameAttentionKernels kFrameAttentionAmxModel;

@@ -1,5 +1,5 @@
-// A model in plain C++ of the tile operations of tiles.h, bit for bit after the pseudocode of Intel's instruction set
-// reference. Tests use it on CPUs without AMX, and AMX is checked against it before its first use.
+// A model of AmxTiles (tiles.h) in plain C++. It follows the pseudocode of Intel's instruction set reference bit for
+// bit. Tests use it on CPUs without AMX, and AMX is checked against it before its first use.
 #pragma once
 
 #include <xmmintrin.h>
@@ -18,8 +18,7 @@ struct ModelTiles {
   };
   inline static thread_local State state = {};
 
-  /// Stops like the CPU does: a tile that is not configured, or has another size than the instruction takes, is an
-  /// illegal instruction.
+  /// Traps unless `fine`. The CPU does so too if a tile is not configured or not as large as an instruction wants.
   static void require(bool fine) {
     if (!fine) __builtin_trap();
   }
@@ -58,15 +57,16 @@ struct ModelTiles {
     static_assert(kSum != kA && kSum != kB && kA != kB);
     require(state.config.palette == 1 && rows(kSum) == rows(kA) && row_bytes(kSum) == row_bytes(kB) &&
             row_bytes(kA) == 4 * rows(kB));
-    // Denormal operands and results count as zeros, and sums round to nearest even, whatever mode the caller has.
+    // As in the instruction, denormal operands and results count as zeros and sums round to nearest even, whatever the
+    // caller's mode is.
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(0x9fc0);
     dot_rows(state.tiles[kSum], state.tiles[kA], state.tiles[kB], rows(kSum), rows(kB), row_bytes(kB) / 4);
     _mm_setcsr(mode);
   }
 
-  /// Adds the products of one row of A. The first halves of the pairs make one chain of fused multiply-adds, the second
-  /// halves another. The sum of both chains is added to what the tile held.
+  /// In a row, the products of the pairs' first halves are one chain of fused multiply-adds. Those of the second halves
+  /// are another. The sum of the two chains is added to the tile.
   [[gnu::noinline]] static void dot_rows(uint8_t (*sums)[64], const uint8_t (*a)[64], const uint8_t (*b)[64], int rows,
                                          int pairs, int columns) {
     for (int i = 0; i < rows; ++i) {

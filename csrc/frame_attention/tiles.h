@@ -1,9 +1,11 @@
-// The matmul of frame attention in AMX tiles: C[m, n] = (0, C or factor C) + A[m, k] B[k, n], as in matmul.h.
+// The matmul of frame attention in AMX tile registers:
+//     C[m, n] = A[m, k] B[k, n], with the updates of matmul.h
+// The template parameter Tiles is a small set of tile operations: AmxTiles runs the CPU's instructions, ModelTiles in
+// tile_model.h computes them in plain C++.
 //
-// It is written over six tile operations, which are the CPU's instructions (AmxTiles) or a model of them in software
-// (tile_model.h). A tile has 16 rows of 64 bytes: 16 x 16 fp32 of C, 16 rows x 32 bf16 of A, or 16 pairs x 16 columns
-// of B. The eight tiles hold a block of 32 x 32 sums (0 to 3), two tiles of A (4, 5) and two of B (6, 7). So four
-// products take four loads.
+// A tile register is 16 rows of 64 bytes. It holds 16 x 16 fp32 of C, 16 rows x 32 bf16 of A, or 16 pairs x 16 columns
+// of B. C is cut into blocks of 32 x 32. The eight registers hold such a block (0 to 3), two tiles of A (4, 5) and two
+// of B (6, 7), so 32 bf16 of the summed dimension take four products for four loads.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +15,7 @@
 namespace lumos {
 namespace {
 
-/// The configuration that ldtilecfg reads.
+/// The operand of ldtilecfg.
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -21,11 +23,11 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-/// The configuration of eight tiles in full size.
+/// Gives all eight tile registers their full size.
 constexpr TileConfig kFullTiles = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-/// The instructions of the CPU, as assembly. GCC knows them from version 11 on, and its intrinsics for tile loads and
-/// stores do not say that they touch memory: ordinary stores would move across them. Here each of those is a fence.
+/// The instructions as assembly. GCC learnt them with version 11, and its intrinsics for tile loads and stores do not
+/// say that they touch memory, so ordinary stores would move across them. Here each that touches memory is a fence.
 struct AmxTiles {
   static void configure(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config) : "memory"); }
   static void release() { asm volatile("tilerelease" : : : "memory"); }
@@ -41,15 +43,15 @@ struct AmxTiles {
   static void store(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
   }
-  /// Adds the product of tiles kA and kB to tile kSum.
+  /// sum += a b
   template <int kSum, int kA, int kB>
   static void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
   }
 };
 
-/// Computes C in blocks of 32 x 32. The steps are words; 16 of them, which are 32 bf16, make a tile.
-template <class Tiles, Start kStart>
+/// A step is a word of two bf16, and a tile is 16 steps deep.
+template <class Tiles, Update kUpdate>
 [[gnu::noinline]] void matmul_tiles(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
                                     int64_t columns, int64_t steps, float* c, int64_t c_stride) {
   constexpr int64_t kBytes = sizeof(float);
@@ -57,7 +59,7 @@ template <class Tiles, Start kStart>
   for (int64_t j = 0; j < columns; j += 32) {
     for (int64_t i = 0; i < rows; i += 32) {
       float *top = c + i * c_stride + j, *bottom = top + 16 * c_stride;
-      if constexpr (kStart == Start::zero) {
+      if constexpr (kUpdate == Update::assign) {
         Tiles::template zero<0>();
         Tiles::template zero<1>();
         Tiles::template zero<2>();
@@ -87,13 +89,12 @@ template <class Tiles, Start kStart>
   }
 }
 
-/// A way to compute (M in the kernels): bf16 words through tiles. The sizes come from a trial on a CPU with AMX: key
-/// blocks of 256 beat 64 and 128, key tiles of 256 beat 128, and 512 gained nothing.
+/// The parameter M of the kernels (see VectorMath) for bf16 words and tile registers. In a trial on a CPU with AMX, key
+/// blocks of 256 were faster than 64 and 128, key tiles of 256 were faster than 128, and 512 gained nothing.
 template <class Tiles>
-struct OnTiles : Bf16Words {
+struct TileMath : Bf16Words {
   static constexpr int64_t kRows = 32, kQueryTile = 128, kKeyTile = 256, kKeyStep = 32;
-  // Saves 18 to 29 % of forward's time, because products are so cheap here.
-  static constexpr bool kFixedReference = true;
+  static constexpr bool kFixedReference = true;  // saves 18 to 29 % of forward's time, since the dots are this cheap
 
   static int64_t forward_tile(int64_t group) {
     const int64_t tokens = 256 / group / kRows * kRows;
@@ -104,17 +105,17 @@ struct OnTiles : Bf16Words {
   static void begin() { Tiles::configure(kFullTiles); }
   static void end() { Tiles::release(); }
 
-  /// Computes what Vectors::matmul computes. Rows and columns are multiples of 32, steps multiples of 16.
-  template <Start kStart>
+  /// Does as VectorMath::matmul. rows and columns are multiples of 32, steps a multiple of 16.
+  template <Update kUpdate>
   static void matmul(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t columns,
                      int64_t steps, float* c, int64_t c_stride, const float* factors = nullptr) {
-    if constexpr (kStart == Start::scaled) {
+    if constexpr (kUpdate == Update::scale_and_add) {
       for (int64_t i = 0; i < rows; ++i) {
         const Vec factor = broadcast(factors[i]);
         for (int64_t j = 0; j < columns; j += kLanes) store(c + i * c_stride + j, load(c + i * c_stride + j) * factor);
       }
     }
-    matmul_tiles<Tiles, kStart>(a, a_stride, b, b_stride, rows, columns, steps, c, c_stride);
+    matmul_tiles<Tiles, kUpdate>(a, a_stride, b, b_stride, rows, columns, steps, c, c_stride);
   }
 };
 

@@ -1,4 +1,5 @@
-// Eight floats with AVX2, FMA and F16C. See base.h for the vocabulary and for why it is in an anonymous namespace.
+// Vec, a vector of eight floats with AVX2, FMA and F16C. base.h says which functions there are and why the namespace is
+// anonymous.
 #pragma once
 
 #include <immintrin.h>
@@ -21,10 +22,13 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
 
-inline __m128 fold(Vec a) {
+/// Returns four sums that together hold all lanes of a.
+inline __m128 sum_to_four(Vec a) {
   return _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
 }
-inline void sum4(float* to, Vec a, Vec b, Vec c, Vec d) { _mm_storeu_ps(to, sum4(fold(a), fold(b), fold(c), fold(d))); }
+inline void sum4(float* to, Vec a, Vec b, Vec c, Vec d) {
+  _mm_storeu_ps(to, sum4(sum_to_four(a), sum_to_four(b), sum_to_four(c), sum_to_four(d)));
+}
 
 inline Vec load(const float* from) { return {_mm256_loadu_ps(from)}; }
 inline Vec load(const BFloat16* from) {

@@ -1,4 +1,5 @@
-// Sixteen floats with AVX-512 F, BW, VL and DQ. See base.h for the vocabulary and the anonymous namespace.
+// Vec, a vector of sixteen floats with AVX-512 F, BW, VL and DQ. base.h says which functions there are and why the
+// namespace is anonymous.
 #pragma once
 
 #include <immintrin.h>
@@ -21,11 +22,14 @@ inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 
-inline __m128 fold(Vec a) {
+/// Returns four sums that together hold all lanes of a.
+inline __m128 sum_to_four(Vec a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
-inline void sum4(float* to, Vec a, Vec b, Vec c, Vec d) { _mm_storeu_ps(to, sum4(fold(a), fold(b), fold(c), fold(d))); }
+inline void sum4(float* to, Vec a, Vec b, Vec c, Vec d) {
+  _mm_storeu_ps(to, sum4(sum_to_four(a), sum_to_four(b), sum_to_four(c), sum_to_four(d)));
+}
 
 inline Vec load(const float* from) { return {_mm512_loadu_ps(from)}; }
 inline Vec load(const BFloat16* from) {

@@ -1,8 +1,9 @@
-// Four floats with SSE2, which every x86-64 CPU has. avx2.h and avx512.h define the same names:
-//     Vec, broadcast, + - *, fma, fms, sum4, and load and store of float, BFloat16 and Half (round to nearest even).
+// Vec, a vector of four floats with SSE2, which every x86-64 CPU has. base.h, avx2.h and avx512.h define the same
+// functions of Vec:
+//     broadcast, + - *, fma, fms, sum4, and load and store of float, BFloat16 and Half (round to nearest even)
 //
-// Everything is in an anonymous namespace. Files that are compiled for different instruction sets include these
-// headers, and the linker must never merge what they instantiate: it might keep a copy that this CPU cannot run.
+// They are in an anonymous namespace. A file compiled for one instruction set includes one of these headers. Without
+// the anonymous namespace, the linker would merge its functions with the copies of a file compiled for another set.
 #pragma once
 
 #include <emmintrin.h>
@@ -23,7 +24,7 @@ inline Vec operator+(Vec a, Vec b) { return {_mm_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm_mul_ps(a.v, b.v)}; }
 
-/// a * b + c and a * b - c. Here they round twice; with FMA, in avx2.h and avx512.h, once.
+/// Returns a * b + c, and fms returns a * b - c. SSE2 rounds twice, AVX2 and AVX-512 round once.
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
 
@@ -46,7 +47,7 @@ inline void store(BFloat16* to, Vec a) {
   const __m128i rounded = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
   const __m128i is_nan = _mm_castps_si128(_mm_cmpunord_ps(a.v, a.v));
   const __m128i nan = _mm_and_si128(is_nan, _mm_set1_epi32(0x7fc00000));
-  // SSE2 packs with signed saturation only, so the upper halves are shifted down with their sign.
+  // SSE2 packs with signed saturation only, so the shift of the upper halves keeps their sign.
   const __m128i wide = _mm_srai_epi32(_mm_or_si128(_mm_andnot_si128(is_nan, rounded), nan), 16);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi32(wide, wide));
 }

@@ -1,4 +1,4 @@
-// bfloat16 and IEEE half as storage types, with the conversions of half for CPUs without F16C.
+// The storage types bfloat16 and IEEE half, with the conversions of half for CPUs without F16C.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Half {
   uint16_t bits;
 };
 
-// Internal to each file that includes them, like all code that several instruction sets compile (see base.h).
+// These functions are internal to each file, like all code that several instruction sets compile (see base.h).
 namespace {
 
 inline uint32_t bits_of(float x) {
@@ -29,7 +29,8 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-/// Moving the 15 bits below the sign into a float's place leaves the value 2^112 too small, subnormals included.
+/// The 15 bits below the sign, shifted to their place in a float, give a value that is 2^112 too small. This holds for
+/// subnormals, too.
 inline float to_float(Half x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
@@ -47,7 +48,7 @@ inline Half to_half(float x) {
   } else if (bits >= 0x477ff000) {
     half = 0x7c00;  // 65520 and more round to infinity
   } else if (bits < 0x38800000) {
-    // Below 2^-14: adding 0.5 puts the last bit of a half subnormal, 2^-24, at the last bit of the float.
+    // The half is subnormal. Adding 0.5 puts its last bit, 2^-24, at the last bit of the float, which rounds it.
     half = bits_of(float_of(bits) + 0.5f) - 0x3f000000;
   } else {
     half = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;

@@ -24,17 +24,18 @@ bool runs_avx2() {
 
 bool runs_base() { return true; }
 
-/// Returns whether the CPU has tiles. Older compilers do not know their names, so this reads CPUID (leaf 7: AMX-BF16
-/// and AMX-TILE) and XCR0 (bits 17 and 18: configuration and data of tiles are saved) itself.
+/// Returns whether the CPU has AMX-BF16 and AMX-TILE and the operating system saves the tile registers. Compilers older
+/// than AMX do not know the names, so this reads CPUID leaf 7 and the bits of XCR0 for the configuration (17) and the
+/// data (18) of tiles.
 bool has_tiles() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
   unsigned low, high;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));  // xgetbv is there with AVX-512, which runs_amx tests first
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));  // runs_amx tests AVX-512 first, which implies xgetbv
   return (low >> 17 & 3) == 3;
 }
 
-/// Asks Linux for permission to use tiles, once for all threads of the process. Returns whether that was granted.
+/// Asks Linux for permission to use tiles, which it gives to all threads of the process.
 bool may_use_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -1,5 +1,6 @@
-// Functions on Vec beyond those of base.h, avx2.h and avx512.h, one of which is included before this file:
-//     maximum, minimum, max_lane, select_between, lane_numbers, exp2 and transpose.
+// More functions of Vec. One of base.h, avx2.h and avx512.h is included before this header:
+//     maximum, minimum, max_lane, select_between, lane_numbers, round_to_integer, exp2, exp2_product and transpose
+// The comments of the AVX-512 functions hold for all three sets.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ constexpr int kLanes = Vec::kLanes;
 
 #if defined(__AVX512F__)
 
-/// maximum and minimum return b where one of the two is NaN.
+/// A lane is b where a or b is NaN. This holds for minimum, too.
 inline Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline float max_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
@@ -23,9 +24,11 @@ inline Vec select_between(Vec low, Vec index, Vec high, Vec x, Vec other) {
 }
 
 inline Vec round_to_integer(Vec x) { return {_mm512_roundscale_ps(x.v, 0)}; }
+/// Returns x 2^power for an integer power. The third argument is for the other two sets: they add `power` to the
+/// exponent bits of x, which fails below 2^-126, and return 0 where it is below -126.
 inline Vec times_power_of_2(Vec x, Vec power, Vec) { return {_mm512_scalef_ps(x.v, power.v)}; }
 
-/// Writes to[j][i] = from[i][j] for a square of kLanes x kLanes.
+/// Sets to[j][i] = from[i][j] for a square of kLanes x kLanes.
 inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   __m512 r[16], t[16];
 #pragma GCC unroll 16
@@ -36,7 +39,7 @@ inline void transpose_square(const float* from, int64_t from_stride, float* to, 
     t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // r[i + c]: column 4 * lane + c of rows i .. i + 3
+  for (int i = 0; i < 16; i += 4) {  // 128-bit lane n of r[i + c] becomes column 4 n + c of rows i .. i + 3
     r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
     r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
     r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
@@ -130,7 +133,7 @@ inline void transpose_square(const float* from, int64_t from_stride, float* to, 
 
 #endif
 
-/// Writes to[j][i] = from[i][j]. Rows and columns are multiples of kLanes. It moves 32-bit words, whatever they hold.
+/// Sets to[j][i] = from[i][j]. rows and columns are multiples of kLanes. The elements may be any 32-bit words.
 inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                       int64_t to_stride) {
   for (int64_t i = 0; i < rows; i += kLanes) {
@@ -140,14 +143,15 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
   }
 }
 
-/// Returns 0, 1, 2 ... in the lanes.
+/// Returns 0, 1, 2 and so on.
 inline Vec lane_numbers() {
   alignas(64) static constexpr float numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return load(numbers);
 }
 
-/// Returns 2^f for |f| <= 1/2, exactly 1 at 0. With kDegree 3, 5 or 6 the relative error before rounding is 1e-4, 9e-8
-/// or 2e-9. The polynomials have the least largest relative error among those with the constant term 1.
+/// Returns 2^f for |f| <= 1/2, exactly 1 at 0, by a polynomial of degree kDegree. Its relative error before rounding is
+/// 1e-4 for degree 3, 9e-8 for 5 and 2e-9 for 6. The coefficients minimise the largest relative error with the constant
+/// term held at 1.
 template <int kDegree>
 inline Vec exp2_fraction(Vec f) {
   static_assert(kDegree == 3 || kDegree == 5 || kDegree == 6);
@@ -170,17 +174,18 @@ inline Vec exp2_fraction(Vec f) {
   return fma(y, f, broadcast(1.0f));
 }
 
-/// Returns 2^x for x <= 0, exactly 1 at 0, and 0 where the result would be below 2^-126.
+/// Returns 2^x for x <= 0, exactly 1 at 0. Below 2^-126 the result is a subnormal with AVX-512, else 0.
 template <int kDegree>
 inline Vec exp2(Vec x) {
   const Vec power = round_to_integer(x);
   return times_power_of_2(exp2_fraction<kDegree>(x - power), power, x);
 }
 
-/// Returns 2^(a b - reference) for an integer reference, up to 2^127, and 0 where the result would be below 2^-126.
-/// Another reference changes a result that is not 0 by exactly a power of 2.
+/// Returns 2^(a b - reference) for an integer reference, up to 2^127. Below 2^-126 the result is a subnormal with
+/// AVX-512, else 0. Above it, another reference multiplies the result by a power of 2 exactly.
 ///
-/// kLarge: a b may be 2^24 and more, where floats are further apart than 1. The fraction is then held within [-1, 1].
+/// With kLarge, a b may be 2^24 or more, where adjacent floats differ by more than 1. Then a b - power can exceed 1, so
+/// it is clamped to [-1, 1].
 template <int kDegree, bool kLarge>
 inline Vec exp2_product(Vec a, Vec b, Vec reference) {
   const Vec power = round_to_integer(a * b), rest = power - reference;

@@ -1,7 +1,7 @@
-// Plain descriptions of tensors, shared by every kernel. Strides count elements and are int64; the last one is 1.
+// Descriptions of tensors that every kernel uses. Strides count elements and are int64. The last stride is 1.
 //
-// The structs hold data only and have no member functions. Files compiled for different instruction sets include this,
-// and the linker keeps one copy of an inline function for all of them, possibly one that this CPU cannot run.
+// These types have no member functions. Files compiled for different instruction sets include this header, and the
+// linker would keep one copy of an inline function for all of them, possibly one that this CPU cannot run.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,14 @@ namespace lumos {
 
 enum class Dtype : int { bf16, fp16, fp32 };
 
-/// A tensor [T, H, D] that is read.
+/// A tensor [T, H, D] to read.
 struct ConstHeads {
   const void* data;
   int64_t token_stride;
   int64_t head_stride;
 };
 
-/// A tensor [T, H, D] that is written.
+/// A tensor [T, H, D] to write.
 struct Heads {
   void* data;
   int64_t token_stride;
