@@ -38,13 +38,14 @@ class Frame:
 
 @dataclass(frozen=True)
 class RowLimits:
-    """The keys that each query sees, as two integers a row instead of a mask.
+    """The keys that each query sees, as one range of keys a query instead of a mask. from_kv builds it.
 
-    Query i sees the keys kv_start[i] <= j < kv_end[i]. Equivalently, key j is seen by the queries
-    q_start[j] <= i < q_end[j]. A row with kv_start[i] == kv_end[i] has no keys.
+    Query i sees the keys kv_start[i] <= j < kv_end[i]. The backward pass needs the same relation from the other side:
+    key j is seen by the queries q_start[j] <= i < q_end[j]. A query without keys has kv_start[i] == kv_end[i], and a
+    key that no query sees has q_start[j] == q_end[j].
 
-    kv_start and kv_end never fall over the stream. The two views are equivalent only because of that, and kernels take
-    the bounds of a tile from its first and last row.
+    kv_start and kv_end are non-decreasing in i, queries without keys included. That makes the queries of a key one
+    range too, and kernels take the bounds of a tile of queries from its first and last row.
 
     kv_start, kv_end: int32 [Tq]. q_start, q_end: int32 [Tk].
     """

@@ -66,7 +66,7 @@ def frame_attention(
         return_lse: also return the logarithm of each row's sum of exponentials. Gradients flow through it too.
         deterministic: the backward pass gives the same bits every time.
         impl: "auto", "reference" (plain PyTorch), "native" (C++ on CPUs), "triton" (GPUs) or "flash" (an installed
-            flash-attn, GPUs). An explicit choice never falls back.
+            flash-attn, GPUs). An explicit choice never falls back: it raises where it cannot run.
 
     Returns:
         o [Tq, Hq, D] in q's dtype; with return_lse (o, lse), lse fp32 [Hq, Tq] (fp64 for fp64 inputs). A row without

@@ -40,7 +40,7 @@ def masked_sample(
         row_keys: int64 [N, 2], (seed, counter) of each row, instead of a generator. The draw of row i then depends on
             its own key alone, whatever rows accompany it. Without row_keys the key is (seed of the call, i).
         impl: "auto", "reference" (plain PyTorch), "native" (C++ on CPUs) or "triton" (GPUs). An explicit choice never
-            falls back.
+            falls back: it raises where it cannot run.
 
     Returns:
         (ids, confidence): int64 [N] in [first, last), and fp32 [N]. The same keys give the same draw on every backend,

@@ -31,7 +31,7 @@ def mm_rope(
             (j+1)*H/mp - 1.
         eps: added to the variance.
         impl: "auto", "reference" (plain PyTorch), "native" (C++ on CPUs) or "triton" (GPUs). An explicit choice never
-            falls back.
+            falls back: it raises where it cannot run.
 
     Returns:
         (q, k), rotated, contiguous, in their own dtype. The angles and everything between are fp32 (fp64 for fp64

@@ -71,34 +71,38 @@ def tube_masked_loss(
     return_stats: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, TubeLossStats]:
-    """Return the cross entropy of the masked slots over the visual classes, without logits for anything else.
+    """Return the cross entropy of the target rows over the class slice, without logits for anything else.
 
-    Row i is a target if first <= labels[i] < last, with (first, last) = classes. Its loss is
-    token_weight[i] * nll_i + z_loss_weight * lse_i^2, where nll and lse are taken over the columns first .. last - 1.
+    Row i is a target if first <= labels[i] < last, with (first, last) = classes. In Lumos-1 the targets are the masked
+    slots whose label is a visual code. The loss of a row is token_weight[i] * nll_i + z_loss_weight * lse_i^2, where
+    nll and lse are taken over the columns first .. last - 1.
 
     Args:
         hidden: [T, C], bf16, fp16, fp32 or fp64.
-        weight: [V, C], the whole lm_head, any floating dtype. Its slice is computed in hidden's dtype.
-        labels: int64 [T]. -100 and every other id outside the classes is ignored, so masked new lines are.
-        classes: (first, last), the columns of the class slice; the visual codes of Lumos-1 by default.
-        reduction: "mean" over the target rows (0 if there are none), "sum", or "none" (fp32 [T], 0 on other rows).
+        weight: [V, C], the whole lm_head, any floating dtype. Its slice is cast to hidden's dtype.
+        labels: int64 [T], ids of the whole vocabulary. Rows whose label lies outside the classes are ignored: those of
+            -100, and in Lumos-1 the masked new lines (id 8803).
+        classes: (first, last), the columns of the class slice. The default is the visual codes of Lumos-1.
+        reduction: "mean" over the target rows (0 if there are none), "sum", or "none" ([T], 0 on rows that are no
+            targets).
         z_loss_weight: factor of the squared logsumexp.
-        token_weight: [T], a constant factor of each row's cross entropy, not of its z-loss. No gradient flows to it,
-            and the mean still divides by the number of target rows, as upstream does.
-        rows: int32 or int64 [N], exactly the target rows, when the caller knows them: saves a host sync.
+        token_weight: [T], a constant factor of each row's cross entropy, not of its z-loss. No gradient flows to it.
+            The mean divides by the number of target rows and not by the sum of the weights, as the official code does.
+        rows: int32 or int64 [N], exactly the target rows in any order, when the caller knows them: saves the host sync
+            of counting them. The caller answers for them; they are not checked.
         return_stats: also return TubeLossStats.
         impl: "auto", "reference" (plain PyTorch), "native" (C++ on CPUs) or "triton" (GPUs). An explicit choice never
-            falls back.
+            falls back: it raises where it cannot run.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 input); with return_stats (loss, TubeLossStats). The gradient of `weight` is zero
-        outside the class slice.
+        The loss, fp32 (fp64 for fp64 input); with return_stats (loss, TubeLossStats). The gradient of `weight` is
+        dense, [V, C] in weight's dtype, and zero outside the class slice.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit, or an explicit `impl` cannot run.
 
-    Source: arXiv 2507.08801 section 3.4; the official loss on tests/golden, except that upstream drops exact zeros
-    from its mean.
+    Source: arXiv 2507.08801 section 3.4; the official loss on tests/golden, except that the official code drops exact
+    zeros from its mean.
     """
     _check(hidden, weight, labels, classes, reduction, token_weight, rows)
     first, last = classes

@@ -1,13 +1,12 @@
 """The contract of an implementation of tube_masked_loss, and which implementations there are.
 
-Of T rows only the N target rows matter, of V vocabulary columns only the K of the class slice. With logits = x W^T over
-that slice,
+Legend: T tokens, N target rows, C hidden size, K classes, x [N, C] the target rows of the hidden states, W [K, C] the
+class slice of lm_head. With logits = x W^T,
     lse = logsumexp(logits),   nll = lse - logit of the target,   row loss = token_weight * nll + z_loss_weight * lse^2.
 
-Forward makes the statistics and, where wanted, the gradients of the SUM of the row losses: a training step needs no
-second pass over the logits. Backward is for upstream gradients that differ from row to row, and makes the logits again.
-
-Legend: T tokens, N target rows, C hidden size, K classes.
+Forward computes the statistics nll, lse and correct, and those gradients of the SUM of the row losses that the caller
+wants. The reductions "sum" and "mean" only scale these gradients, so their training step needs no second pass over the
+logits. Backward serves the reduction "none", where autograd delivers a gradient for each row: it recomputes the logits.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Inputs(NamedTuple):
 
 
 class RowLoss(NamedTuple):
-    """The row loss whose sum forward differentiates."""
+    """The factors of the row loss whose sum forward differentiates."""
 
     token_weight: Tensor | None  # [N], fp32 or wider; None for ones
     z_loss_weight: float
@@ -43,7 +42,7 @@ class Wanted(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What forward gives."""
+    """The results of forward."""
 
     nll: Tensor  # [N], fp32 (fp64 for fp64 inputs), as lse
     lse: Tensor  # [N]; saved for backward
