@@ -48,10 +48,10 @@ def _compiled(eager: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tupl
     return torch.compile(eager, dynamic=False)
 
 
-def compiled(eager: Callable[..., tuple[Tensor, Tensor]], arguments: Callable[[Inputs], tuple]) -> Callable:
-    """torch.compile of `eager`, called with what `arguments` takes from the inputs."""
+def compiled(eager: Callable[..., tuple[Tensor, Tensor]], arguments: Callable[[Inputs], object]) -> Callable:
+    """torch.compile of `eager`, called with what `arguments` makes of the inputs."""
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
-        return _compiled(eager)(*arguments(inputs))
+        return _compiled(eager)(arguments(inputs))
 
     return run

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import errors
-from .frame_layout.api import frame_layout, int32
+from .frame_layout.api import frame_layout
 from .frame_layout.frames import frame_length, frame_skeleton
 
 
@@ -153,9 +153,11 @@ class FrameLayout:
 
     @classmethod
     def _read(cls, ids: Tensor, cu_seqlens: Tensor, check: bool = False) -> FrameLayout:
+        if cu_seqlens.dtype == torch.int64:  # once, and here: frame_layout would not return what it converted
+            cu_seqlens = cu_seqlens.to(torch.int32)
         read = frame_layout(ids, cu_seqlens, check=check)
         limits = RowLimits(read.kv_start, read.kv_end, read.q_start, read.q_end)
-        return cls(int32(cu_seqlens), read.positions, read.content, read.frame_index, limits)
+        return cls(cu_seqlens, read.positions, read.content, read.frame_index, limits)
 
     @property
     def num_tokens(self) -> int:

@@ -186,6 +186,18 @@ def test_liger_chain(stand_in):
         assert own.data_ptr() != shared.data_ptr(), "Liger's backward overwrites its gradient"
 
 
+def test_compiled_eager_code_gets_the_contract(monkeypatch):
+    """The contestant runs on GPUs alone; here the compiler is left out."""
+    from bench import rivals_rope
+
+    rivals_rope._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    bench = registry.ops()["mm_rope"]
+    [contestant] = [rival for rival in bench.rivals if rival.name == "torch.compile"]
+    agrees("mm_rope", "tiny-smoke/fp32/forward+backward", contestant.run, slack=contestant.slack)
+    rivals_rope._compiled.cache_clear()
+
+
 def test_a_library_that_is_not_installed_is_a_missing_row():
     absent = Contestant("absent", lambda inputs: (), requires=("no_such_library", "no.such.module", "torch"))
     assert absent.missing() == "not installed: no_such_library, no.such.module"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from eager_draws import loss_draws
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lumos_kernels import dispatch, tube_masked_loss
@@ -22,6 +23,7 @@ from lumos_kernels.testing import (
     farthest,
     poisoned_allocations,
 )
+from lumos_kernels.tube_masked_loss import ops as loss_ops
 from lumos_kernels.tube_masked_loss import weight_gradient
 
 OP = dispatch.ops()["tube_masked_loss"]
@@ -219,6 +221,31 @@ def test_no_target_rows(impl, reduction, tokens, rows):
     assert results[0].shape == ((tokens,) if reduction == "none" else ())
     for result in results:
         assert not result.any()  # a NaN is not zero
+
+
+class Casts(TorchDispatchMode):
+    """The shapes of the tensors that are cast inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_target_rows_cast_no_weight(impl):
+    """The class slice of an fp32 lm_head is copied for bf16 hidden states only where there is a target."""
+    hidden, weight, labels = (x.detach() for x in problem(dtype=torch.bfloat16, weight_dtype=torch.float32))
+    class_slice = CLASSES[1] - CLASSES[0], weight.shape[1]
+    for given, expected in ((torch.full_like(labels, -100), False), (labels, True)):
+        with Casts() as casts:
+            loss_ops._forward(hidden, weight, given, None, None, 0.0, *CLASSES, True, True, True, impl)
+        assert (class_slice in casts.shapes) == expected
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -65,7 +65,7 @@ class SelfDifferentiating(Implementation, Protocol):
     """An implementation whose library brings its own autograd, which keeps what the library's backward needs."""
 
     def differentiable_forward(self, inputs: Inputs, *, deterministic: bool) -> Outputs:
-        """Return outputs through which gradients flow."""
+        """Return outputs through which gradients flow. The inputs are as the caller gave them, with any strides."""
         ...
 
 

@@ -188,6 +188,7 @@ def differentiable_forward(inputs: Inputs, *, deterministic: bool) -> Outputs:
         o, lse = _one_varlen_call(inputs, runs, deterministic)
         if lse.shape == (inputs.q.shape[1], queries):  # before 2.6 it came padded, by document
             return Outputs(o, _without_gradient(lse.float(), o))
+        del o, lse  # they would live beside the results of the single calls
     parts, row = [], 0
     for run in runs:
         if run.q_first > row:

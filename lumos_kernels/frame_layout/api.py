@@ -35,12 +35,8 @@ def frame_layout(input_ids: Tensor, cu_seqlens: Tensor, *, check: bool = False, 
         raise ValueError(f"input_ids must be int32 or int64 [T]; got {errors.describe(input_ids)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in errors.INTEGERS:
         raise ValueError(f"cu_seqlens must be int32 or int64 [B + 1]; got {errors.describe(cu_seqlens)}")
-    cu_seqlens = int32(cu_seqlens)
+    if cu_seqlens.dtype != torch.int32:
+        cu_seqlens = cu_seqlens.to(torch.int32)
     if check:
         check_documents(input_ids, cu_seqlens)
     return Outputs(*torch.ops.lumos_kernels.frame_layout.default(input_ids, cu_seqlens, impl))
-
-
-def int32(cu_seqlens: Tensor) -> Tensor:
-    """Return cu_seqlens as the op takes them. A tensor that is int32 stays itself without a call into torch."""
-    return cu_seqlens if cu_seqlens.dtype == torch.int32 else cu_seqlens.to(torch.int32)

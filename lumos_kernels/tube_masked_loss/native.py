@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import library
 from ..launch import equal_chunk
-from ..packed_matmul import PackedRows, pack_bf16
+from ..packed_matmul import pack_bf16
 from .contract import Inputs, Outputs, RowLoss, StatisticGradients, Wanted
 
 DLOGITS_BYTES = 44 << 20  # of a chunk's gradients of the logits; with the blocks below 64 MB in all
@@ -76,7 +76,6 @@ class _Chunk(NamedTuple):
     rows: Tensor  # int64 [R]: their places in hidden
     targets: Tensor  # int64 [R], contiguous
     x: Tensor  # [R, C], the hidden states
-    packed: PackedRows | None  # x as the left factor of bf16 products, None where the products are torch's
     dlogits: Tensor | None  # [R, K] in the dtype of the matmuls: the gradients of the logits, None where not wanted
 
 
@@ -96,6 +95,7 @@ class _Work:
         if self.dweight is not None:
             self.dweight.zero_()
         self.trains = wanted.hidden or self.dweight is not None
+        self.has_bf16_products = False  # known from the first packed chunk on
         self._buffers: dict[str, Tensor] = {}
 
     def chunks(self) -> Iterator[slice]:
@@ -107,9 +107,8 @@ class _Work:
 
     def chunk(self, part: slice) -> _Chunk:
         rows, x = self.inputs.rows[part], self.inputs.hidden[self.inputs.rows[part]]
-        packed = pack_bf16(x, self.isa) if self.dtype == torch.bfloat16 else None
         dlogits = self._buffer("dlogits", len(x), self.classes, self.dtype) if self.trains else None
-        return _Chunk(rows, self.inputs.targets[part].contiguous(), x, packed, dlogits)
+        return _Chunk(rows, self.inputs.targets[part].contiguous(), x, dlogits)
 
     def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Return unwritten [rows, columns]. The next request by that name takes the same memory."""
@@ -124,13 +123,15 @@ class _Work:
 
     def logits(self, chunk: _Chunk) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the index, the first class and the fp32 logits of every block. The next block's take their memory."""
-        x = chunk.x.float() if chunk.packed is None else chunk.x
+        packed = pack_bf16(chunk.x, self.isa) if self.dtype == torch.bfloat16 else None
+        self.has_bf16_products = packed is not None
+        x = chunk.x.float() if packed is None else chunk.x
         for index, first, weight in self._class_blocks():
             out = self._buffer("logits", len(x), len(weight), torch.float32)
-            if chunk.packed is None:
+            if packed is None:
                 torch.mm(x, weight.float().T, out=out)
             else:
-                chunk.packed.multiply(weight, out)
+                packed.multiply(weight, out)
             yield index, first, out
 
     def add(self, chunk: _Chunk) -> None:
@@ -140,7 +141,7 @@ class _Work:
         if self.dhidden is not None:
             self.dhidden.index_copy_(0, chunk.rows, self._dx(chunk.dlogits).to(self.dhidden.dtype))
         if self.dweight is not None:
-            self._add_dweight(self.dweight, chunk.dlogits, chunk.x.to(self.dtype), chunk.packed is not None)
+            self._add_dweight(self.dweight, chunk.dlogits, chunk.x.to(self.dtype))
 
     def _dx(self, dlogits: Tensor) -> Tensor:
         if self.weight.dtype == self.dtype:
@@ -150,10 +151,10 @@ class _Work:
             dx.addmm_(dlogits[:, first : first + len(weight)], weight.to(self.dtype))
         return dx
 
-    def _add_dweight(self, dweight: Tensor, dlogits: Tensor, x: Tensor, has_bf16_products: bool) -> None:
+    def _add_dweight(self, dweight: Tensor, dlogits: Tensor, x: Tensor) -> None:
         if self.dtype == torch.float32:
             dweight.addmm_(dlogits.T, x)
-        elif has_bf16_products:
+        elif self.has_bf16_products:
             _ops().add_outer_bf16(dlogits, x, dweight, self.isa)
         else:
             for _, first, weight in self._class_blocks():

@@ -30,15 +30,19 @@ def row_losses(nll: Tensor, lse: Tensor, token_weight: Tensor | None, z_loss_wei
     return loss + z_loss_weight * lse.square() if z_loss_weight else loss
 
 
-def _inputs(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, first: int, last: int) -> Inputs:
-    """Select the target rows and the class slice. Without `rows` the number of targets is read from the device."""
-    rows = is_target(labels, first, last).nonzero()[:, 0] if rows is None else rows.long()
+def _target_rows(labels: Tensor, rows: Tensor | None, first: int, last: int) -> Tensor:
+    """Return int64 [N]. Without `rows` the number of targets is read from the device."""
+    return is_target(labels, first, last).nonzero()[:, 0] if rows is None else rows.long()
+
+
+def _inputs(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, first: int, last: int) -> Inputs:
+    """Select the class slice and the targets. A slice of another dtype than hidden's is copied."""
     return Inputs(hidden, weight[first:last].to(hidden.dtype), labels[rows] - first, rows)
 
 
-def _spread(values: Tensor, inputs: Inputs) -> Tensor:
+def _spread(values: Tensor, rows: Tensor, tokens: int) -> Tensor:
     """Return [N] as [T], zero on rows that are no targets."""
-    return values.new_zeros(inputs.hidden.shape[0]).index_copy_(0, inputs.rows, values)
+    return values.new_zeros(tokens).index_copy_(0, rows, values)
 
 
 def _present(hidden: Tensor, dhidden: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -49,12 +53,12 @@ def _present(hidden: Tensor, dhidden: Tensor | None, sums: Tensor | None) -> tup
     )
 
 
-def _nothing(inputs: Inputs, wanted: Wanted) -> Outputs:
+def _nothing(hidden: Tensor, wanted: Wanted) -> Outputs:
     """Return the outputs where no row is a target: no statistics, and gradients of zero."""
     if wanted.weight is not None:
         wanted.weight.zero_()
-    none = inputs.hidden.new_empty(0, dtype=statistics_dtype(inputs.hidden))
-    return Outputs(none, none, none.bool(), torch.zeros_like(inputs.hidden) if wanted.hidden else None)
+    none = hidden.new_empty(0, dtype=statistics_dtype(hidden))
+    return Outputs(none, none, none.bool(), torch.zeros_like(hidden) if wanted.hidden else None)
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -76,15 +80,15 @@ def _fake_forward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, .
 def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     token_weight, z_loss_weight, first, last, need_hidden, need_weight, shared, impl = rest
     chosen = OP.choose(impl, Problem.of(hidden))
-    inputs = _inputs(hidden, weight, labels, rows, first, last)
+    rows = _target_rows(labels, rows, first, last)
     wanted = Wanted(need_hidden, class_sums(hidden, weight, first, last, shared) if need_weight else None)
-    if inputs.rows.numel() == 0:
-        outputs = _nothing(inputs, wanted)
+    if rows.numel() == 0:
+        outputs = _nothing(hidden, wanted)
     else:
-        loss = RowLoss(None if token_weight is None else token_weight[inputs.rows], z_loss_weight)
-        outputs = chosen.forward(inputs, loss, wanted)
+        loss = RowLoss(None if token_weight is None else token_weight[rows], z_loss_weight)
+        outputs = chosen.forward(_inputs(hidden, weight, labels, rows, first, last), loss, wanted)
     *statistics, dhidden = outputs
-    return *(_spread(x, inputs) for x in statistics), *_present(hidden, dhidden, wanted.weight)
+    return *(_spread(x, rows, hidden.shape[0]) for x in statistics), *_present(hidden, dhidden, wanted.weight)
 
 
 def _fake_backward(_: Tensor, __: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -99,13 +103,14 @@ def _fake_backward(_: Tensor, __: Tensor, hidden: Tensor, weight: Tensor, *rest:
 def _backward(grad_nll: Tensor, grad_lse: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     labels, rows, lse, first, last, need_hidden, need_weight, shared, impl = rest
     chosen = OP.choose(impl, Problem.of(hidden))
-    inputs = _inputs(hidden, weight, labels, rows, first, last)
+    rows = _target_rows(labels, rows, first, last)
     wanted = Wanted(need_hidden, class_sums(hidden, weight, first, last, shared) if need_weight else None)
-    if inputs.rows.numel() == 0:
-        dhidden = _nothing(inputs, wanted).dhidden
+    if rows.numel() == 0:
+        dhidden = _nothing(hidden, wanted).dhidden
     else:
-        grad = StatisticGradients(grad_nll[inputs.rows], grad_lse[inputs.rows])
-        dhidden = chosen.backward(inputs, lse[inputs.rows], grad, wanted)
+        inputs = _inputs(hidden, weight, labels, rows, first, last)
+        grad = StatisticGradients(grad_nll[rows], grad_lse[rows])
+        dhidden = chosen.backward(inputs, lse[rows], grad, wanted)
     return _present(hidden, dhidden, wanted.weight)
 
 
