@@ -105,7 +105,7 @@ def _output(*command: str) -> str | None:
 
 def build(run: Run) -> None:
     """Compiles what is for CUDA. Triton kernels are compiled when the tests call them."""
-    sources = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "csrc").glob("*/*.cu"))
     run.record["sources"] = sources
     if not sources:
         run.record["result"] = "there is no CUDA source to build"
