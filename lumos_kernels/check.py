@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,11 +36,10 @@ WIDTHS = (16, 9, 6, 8, 4, 13, 8, 8, 8, 12, 9, 11, 7, 6)
 
 
 class Refused(NamedTuple):
-    """An implementation that does not run on a device, and why."""
+    """An implementation that runs on no device of this machine, and why."""
 
     op: str
     impl: str
-    device: str
     reason: str
 
 
@@ -59,17 +58,18 @@ def plan(ops: Sequence[str], impls: Sequence[str], quick: bool) -> Iterator[Subj
         for impl in op.implementations:
             if impl not in impls if impls else impl == "reference":
                 continue
-            for device in devices():
-                able, reasons = [], []
-                for subject in battery.subjects(op, impl, QUICK_DTYPES if quick else DTYPES, device):
-                    if quick and subject.head_dim not in QUICK_HEAD_DIMS:
-                        continue
-                    reason = op.refusal(impl, problem_of(subject))
-                    able += [subject] if reason is None else []
-                    reasons += [reason] if reason is not None else []
-                if not able:
-                    yield Refused(name, impl, device.type, reasons[0])
-                yield from able
+            refusals = [(subject, op.refusal(impl, problem_of(subject))) for subject in _subjects(op, impl, quick)]
+            able = [subject for subject, reason in refusals if reason is None]
+            yield from able
+            if not able:
+                yield Refused(name, impl, refusals[-1][1] or "")
+
+
+def _subjects(op: dispatch.Op[Any], impl: str, quick: bool) -> Iterator[Subject]:
+    for device in devices():
+        for subject in battery.subjects(op, impl, QUICK_DTYPES if quick else DTYPES, device):
+            if not quick or subject.head_dim in QUICK_HEAD_DIMS:
+                yield subject
 
 
 def problem_of(subject: Subject) -> Problem:
@@ -136,7 +136,7 @@ def check(ops: Sequence[str], impls: Sequence[str] = (), quick: bool = False) ->
             failed.append("the GPU context is lost: nothing after this was examined")
             break
     for item in refused:
-        print(f"not run: {item.op} {item.impl} on {item.device}: {item.reason}")
+        print(f"not run: {item.op} {item.impl}: {item.reason}")
     for failure in failed:
         print(f"FAIL {failure}")
     if not examined:
