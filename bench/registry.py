@@ -77,6 +77,7 @@ class Contestant:
     available: whether it runs the case on this device type.
     memory: bytes it needs beyond the inputs, where that may exceed the machine's.
     requires: modules it imports; one that is not installed makes it a missing row.
+    jit: compiles at its first call, which takes seconds. The GPU suite runs these rivals last, at gate shapes only.
     slack: how many times the error limit it may reach. 1 for ours; other libraries round where we do not (gradients
         summed in bf16, say): they get a figure, and their error stands beside it.
     """
@@ -89,6 +90,7 @@ class Contestant:
     memory: Callable[[Case], int] = lambda case: 0
     work: Callable[[Case], Work] | None = None
     requires: tuple[str, ...] = ()
+    jit: bool = False
     slack: float = 1.0
 
     def missing(self) -> str | None:

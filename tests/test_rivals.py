@@ -156,6 +156,15 @@ def test_flash_attn(stand_in, version):
     assert torch.equal(o, expected)
 
 
+def test_what_compiles_at_its_first_call_is_marked():
+    attention = {"flex_attention", "flex_attention FLASH"}
+    attention |= {"flash-attn-4 per frame", "flash-attn-4 causal"}
+    loss = {"Liger", "Liger, fp32 sums", "CCE exact", "QuACK", "torch.compile, all logits"}
+    marked = {"frame_attention": attention, "tube_masked_loss": loss, "mm_rope": {"Liger chain", "torch.compile"}}
+    for name, bench in registry.ops().items():
+        assert {rival.name for rival in bench.rivals if rival.jit} == marked.get(name, set())
+
+
 def test_flex_attention_with_its_block_mask():
     prepare = rivals_attention.flex_prepare(compiled=False)
     agrees("frame_attention", "tiny-smoke/fp32/forward", rivals_attention.flex, prepare)
