@@ -1,11 +1,8 @@
-"""The other libraries' wheels travel in folders, and the calls of their functions are glued rightly: stand-ins with
-their signatures, computed by plain torch, give our results.
+"""The calls of other libraries' functions are glued rightly: stand-ins with their signatures, computed by plain torch,
+give our results.
 """
 
-import importlib.util
 import sys
-import zipfile
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,63 +11,6 @@ import torch.nn.functional as F
 
 from bench import measure, registry, rivals_attention, rivals_loss
 from bench.registry import Contestant
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("rivals_tool", ROOT / "tools" / "rivals.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def wheel(folder, name, files):
-    path = folder / f"{name}-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file, content in files.items():
-            archive.writestr(file, content)
-    return path
-
-
-@pytest.fixture
-def wheels(tmp_path):
-    large = bytes(torch.randint(0, 256, (9000,), generator=torch.Generator().manual_seed(0)).tolist())
-    small = wheel(tmp_path, "small", {"small/__init__.py": b"x = 1\n"})
-    return [wheel(tmp_path, "large", {"large/lib.so": large, "large/a/b.py": b"y = 2\n"}), small], large
-
-
-def test_wheels_travel_in_folders_below_the_limit(tool, wheels, tmp_path):
-    paths, large = wheels
-    folders = tool.pack(paths, tmp_path / "out", limit=4000)
-    assert len(folders) > 1
-    assert all(sum(file.stat().st_size for file in folder.iterdir()) <= 4000 for folder in folders)
-    assert (folders[0] / "small-1.0-py3-none-any.whl").exists()
-
-    site = tmp_path / "site"
-    for number, folder in enumerate(folders):  # one call to the machine after the other
-        waiting = tool.unpack([folder], site)
-        assert (site / "small" / "__init__.py").read_text() == "x = 1\n"
-        assert bool(waiting) == (number < len(folders) - 1)
-        assert (site / "large" / "lib.so").exists() != bool(waiting)
-    assert (site / "large" / "lib.so").read_bytes() == large
-    assert (site / "large" / "a" / "b.py").read_bytes() == b"y = 2\n"
-    assert not list((site / ".pieces").iterdir())
-
-
-def test_unpack_prints_the_path_and_what_is_incomplete(tool, wheels, tmp_path, capsys):
-    folders = tool.pack(wheels[0], tmp_path / "out", limit=4000)
-    site = tmp_path / "site"
-    assert tool.main(["unpack", "--site", str(site), str(folders[0])]) == 0
-    printed = capsys.readouterr()
-    packages = site / "site-packages"  # the name counts: QuACK looks for it
-    assert printed.out == f"export PYTHONPATH={packages}:{packages}/nvidia_cutlass_dsl/dsl_packages\n"
-    assert (packages / "small" / "__init__.py").exists()
-    assert "incomplete: large-1.0-py3-none-any.whl: pieces [0] of" in printed.err
-
-
-# The calls
 
 
 @pytest.fixture
