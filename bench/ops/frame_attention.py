@@ -229,6 +229,15 @@ GPU_RIVALS = (
         requires=("flash_attn.cute",),
         jit=True,
     ),
+    Contestant(
+        "cudnn.flex_attention",
+        rivals_attention.cudnn_flex,
+        prepare=rivals_attention.cudnn_flex_prepare,
+        available=_in_half_precision_on_gpu,
+        requires=("cudnn", "cutlass", "tvm_ffi"),
+        refusal=rivals_attention.cudnn_flex_refusal,
+        jit=True,
+    ),
     *(
         Contestant(
             f"flash-attn{suffix} per frame",
