@@ -1,6 +1,7 @@
 """The other libraries' wheels travel in folders below a call's limit, and the standard library unpacks them."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import zipfile
@@ -171,13 +172,17 @@ def test_the_commands_of_a_run(commands, carried, clean, capsys):
         "python tools/rivals.py download --out .whl --limit 64",
         "# Call 1: carry .whl/2 (1.0 MiB) and the working tree (8.0 MiB), 9.0 of 64 MiB",
         "python3 tools/rivals.py unpack --site /tmp/rivals .whl/2; "
-        'python3 -m bench.gpu_suite --call 1 --seconds 300 --out "$OUT" --commit abc',
-        "# Before call 2, if the machine was given back: .whl/2: carry .whl/2 (1.0 MiB)",
-        "python3 tools/rivals.py unpack --site /tmp/rivals .whl/2",
+        'python3 -m bench.gpu_suite --call 1 --seconds 300 --out "$OUT" --commit abc; code=$?; '
+        'mkdir -p /tmp/gpu-suite-1 && cp -r "$OUT"/. /tmp/gpu-suite-1; exit $code',
+        "# At most 8 files come back from $OUT: put them into gpu-suite/1.",
+        "# Before call 2, if the machine was given back: carry .whl/2 (1.0 MiB) and gpu-suite/1 (0.0 MiB)",
+        "python3 tools/rivals.py unpack --site /tmp/rivals .whl/2; "
+        "mkdir -p /tmp/gpu-suite-1 && cp -r gpu-suite/1/. /tmp/gpu-suite-1",
         "# Call 2, within half a minute of the last one: carry .whl/1 (1.0 MiB)",
         "python3 tools/rivals.py unpack --site /tmp/rivals .whl/1; "
-        'python3 -m bench.gpu_suite --call 2 --seconds 300 --out "$OUT" --commit abc --rivals-site /tmp/rivals',
-        "python -m bench.gpu.proof gpu-suite/1/suite.json",
+        'python3 -m bench.gpu_suite --call 2 --seconds 300 --out "$OUT" --commit abc '
+        "--before /tmp/gpu-suite-1 --rivals-site /tmp/rivals",
+        "python -m bench.gpu.proof gpu-suite/2/suite.json",
     ]
     lines = iter(printed.out.splitlines())
     for command in expected:
@@ -188,11 +193,27 @@ def test_the_commands_of_a_run(commands, carried, clean, capsys):
 def test_every_folder_reaches_the_machine_and_only_call_2_imports_them(commands):
     folders = [Path(".whl") / str(number) for number in (1, 2, 3)]
     planned = commands.calls(folders, 300, "abc")
-    assert {call.carry for call in planned} == set(folders)
+    result = Path("gpu-suite") / "1"
+    assert [call.carry for call in planned] == [(folders[2],), (folders[2], result), (folders[1],), (folders[0],)]
     assert [call.command.count("--rivals-site") for call in planned] == [0, 0, 0, 1]
-    assert all(f"--site /tmp/rivals {call.carry}" in call.command for call in planned)
-    [alone, last] = commands.calls(folders[:1], 60, "abc")
-    assert (alone.carry, last.carry) == (None, folders[0])
+    assert all(f"--site /tmp/rivals {call.carry[0]}" in call.command for call in planned)
+    alone = commands.calls(folders[:1], 60, "abc")
+    assert [call.carry for call in alone] == [(), (result,), (folders[0],)]
+
+
+def test_call_1_ends_with_the_code_of_the_suite_and_leaves_its_result_to_call_2(commands, tmp_path, monkeypatch):
+    """The commands run in a shell, with another suite in place of ours and another folder in place of /tmp."""
+    monkeypatch.setattr(commands, "BEFORE", str(tmp_path / "kept"))
+    monkeypatch.setattr(commands, "suite_command", lambda *arguments: '(echo found > "$OUT/suite.json"; exit 3)')
+    (tmp_path / "out of call 1").mkdir()
+    one, again, _ = commands.calls([Path(".whl/1")], 60, "abc")
+    environment = {"OUT": str(tmp_path / "out of call 1"), "PATH": os.environ["PATH"]}
+    assert subprocess.run(["bash", "-c", one.command], env=environment, cwd=tmp_path).returncode == 3
+    assert (tmp_path / "kept" / "suite.json").read_text() == "found\n"
+    (tmp_path / "gpu-suite" / "1").mkdir(parents=True)
+    (tmp_path / "gpu-suite" / "1" / "suite.json").write_text("copied here\n")
+    subprocess.run(["bash", "-c", again.command], check=True, cwd=tmp_path)
+    assert (tmp_path / "kept" / "suite.json").read_text() == "copied here\n"
 
 
 def test_what_would_fail_a_call_is_said_and_ends_with_1(commands, tool, carried, clean, monkeypatch, capsys):

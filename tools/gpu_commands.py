@@ -21,17 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import rivals
 from rivals import CALL_MIB, HEADERS, MIB, PYTHON, ROOT
 
-SITE = "/tmp/rivals"  # on the GPU machine, outside the tree
-OUT = "gpu-suite"  # here: git ignores it
+SITE, BEFORE = "/tmp/rivals", "/tmp/gpu-suite-1"  # on the GPU machine, outside the tree
+OUT = Path("gpu-suite")  # here; git ignores it
+TUNED = "lumos_kernels/frame_attention/triton/tuned.py"
 COMMAND_CHARACTERS, FILES_BACK = 2000, 8
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the machine: its title, the folder it carries (None: the tree alone) and its one command."""
+    """One call of the machine: its title, the folders it carries beside the working tree, and its one command."""
 
     title: str
-    carry: Path | None
+    carry: tuple[Path, ...]
     command: str
 
 
@@ -46,28 +47,35 @@ def suite_command(call: int, seconds: float, commit: str, *options: str) -> str:
     return " ".join([*parts, f"--commit {commit}", *options])
 
 
+def keep_command(source: str) -> str:
+    """Return the command that keeps the result of call 1 where call 2 looks for it."""
+    return f"mkdir -p {BEFORE} && cp -r {source}/. {BEFORE}"
+
+
 def calls(folders: Sequence[Path], seconds: float, commit: str) -> list[Call]:
     """Return the calls in their order.
 
-    Call 1 imports nothing foreign. It carries the last folder, which is of no use alone, and leaves it unpacked for
-    call 2, should the machine be kept. Call 2 carries the first folder: Liger and CCE run with that one alone.
+    Call 1 imports nothing foreign. It carries the last folder, which is of no use alone, and leaves that and its own
+    result for call 2, should the machine be kept. Otherwise one short call brings both to the new machine. Call 2
+    carries the first folder: Liger and CCE run with that one alone.
     """
     first, *others = folders
-    carried = others[-1:] or [None]
-    one = suite_command(1, seconds, commit)
-    two = f"{unpack_command(first)}; {suite_command(2, seconds, commit, '--rivals-site', SITE)}"
-    found = [Call("Call 1", carried[0], "; ".join([*map(unpack_command, others[-1:]), one]))]
-    found += [Call(f"Between the calls: {path}", path, unpack_command(path)) for path in others[:-1]]
-    again = [
-        Call(f"Before call 2, if the machine was given back: {path}", path, unpack_command(path))
-        for path in others[-1:]
+    last, middle = tuple(others[-1:]), others[:-1]
+    bring = [unpack_command(folder) for folder in last]
+    one = [*bring, suite_command(1, seconds, commit), "code=$?", keep_command('"$OUT"'), "exit $code"]
+    again = [*bring, keep_command(str(OUT / "1"))]
+    two = suite_command(2, seconds, commit, f"--before {BEFORE}", f"--rivals-site {SITE}")
+    return [
+        Call("Call 1", last, "; ".join(one)),
+        Call("Before call 2, if the machine was given back", (*last, OUT / "1"), "; ".join(again)),
+        *(Call(f"Before call 2, for {folder}", (folder,), unpack_command(folder)) for folder in middle),
+        Call("Call 2, within half a minute of the last one", (first,), f"{unpack_command(first)}; {two}"),
     ]
-    return [*found, *again, Call("Call 2, within half a minute of the last one", first, two)]
 
 
-def bytes_of(folder: Path | None) -> int:
-    """Return the bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in folder.iterdir()) if folder else 0
+def bytes_of(folders: Sequence[Path]) -> int:
+    """Return the bytes of the files in the folders; none where there is no such folder yet."""
+    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
 
 
 def git(*arguments: str) -> str:
@@ -105,17 +113,18 @@ def text(wheels: Path, planned: Sequence[Call], options: argparse.Namespace) -> 
         f"python tools/gpu_commands.py --wheels {wheels} --limit {options.limit:g}    # this text, for the new folders",
     ]
     for call in planned:
-        size = bytes_of(call.carry)
-        carried = f"{call.carry} ({size / MIB:.1f} MiB) and " if call.carry else ""
-        total = f"{(size + tree) / MIB:.1f} of {options.limit:g} MiB"
+        carried = "".join(f"{folder} ({bytes_of([folder]) / MIB:.1f} MiB) and " for folder in call.carry)
+        total = f"{(bytes_of(call.carry) + tree) / MIB:.1f} of {options.limit:g} MiB"
         lines += ["", f"# {call.title}: carry {carried}the working tree ({tree / MIB:.1f} MiB), {total}", call.command]
+        if call.title.startswith("Call"):
+            lines.append(f"# At most {FILES_BACK} files come back from $OUT: put them into {OUT}/{call.title[5]}.")
     lines += [
         "",
-        f"# Afterwards. At most {FILES_BACK} files of a call come back from $OUT: put them into {OUT}/1 and {OUT}/2.",
-        f"python -m bench.gpu.proof {OUT}/1/suite.json",
+        "# Afterwards. The result of call 2 holds call 1; the table that call 1 tuned enters the sources as a file.",
+        f"cp {OUT}/1/tuned.py {TUNED}",
         f"python -m bench.gpu.proof {OUT}/2/suite.json",
-        "# Commit what they name: the two files of each result below bench/results/, and the entries of PROVEN in",
-        "# lumos_kernels/dispatch.py. A change of a kernel or of its tuned configurations needs a new run.",
+        "# Commit the table, the two files below bench/results/ that the last command names, and the entries of PROVEN",
+        "# that it prints, in lumos_kernels/dispatch.py. A kernel that changes later needs a new run.",
         "",
         "# The rivals' packages",
         f"# unpack fills {SITE}. The suite's --rivals-site {SITE} puts it on the PYTHONPATH of the process that times",
