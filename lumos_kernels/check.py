@@ -85,11 +85,16 @@ def run(subject: Subject, thorough: bool) -> Finding:
         finding = Finding(failures=[f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"])
         if isinstance(error, torch.OutOfMemoryError):
             return finding
-    if subject.device.type == "cuda":
+    if is_gpu(subject.device):
         problem = problem_of(subject)
         name = self_check.title(subject.op, subject.impl, problem, subject.kind)
         self_check.keep(self_check.file_name(problem.gpu), problem.gpu, {name: self_check.judge(finding)})
     return finding
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Return whether verdicts on the device are kept."""
+    return device.type == "cuda"
 
 
 def cells(subject: Subject, finding: Finding) -> list[str]:
