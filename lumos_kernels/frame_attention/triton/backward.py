@@ -291,6 +291,7 @@ def _statistics(outputs: Outputs, grad: OutputGradients) -> Tensor:
         BLOCK=MAX_BLOCK,
         INT64=tensors.needs_int64_offsets(*read_or_written),
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return result
 
@@ -325,7 +326,9 @@ def _fused_backward(operands: _Operands, result: Gradients) -> None:
     _key_pass("fused", operands, result, dq_sum)
     grid = (triton.cdiv(dq.numel(), ROUND_BLOCK),)
     int64 = tensors.needs_int64_offsets(dq)
-    _round_kernel[grid](dq_sum, dq, operands.scale, dq.numel(), BLOCK=ROUND_BLOCK, INT64=int64, num_warps=4)
+    _round_kernel[grid](
+        dq_sum, dq, operands.scale, dq.numel(), BLOCK=ROUND_BLOCK, INT64=int64, num_warps=4, enable_fp_fusion=True
+    )
 
 
 def _key_pass(kernel: str, operands: _Operands, result: Gradients, dq_sum: Tensor | None) -> None:

@@ -176,5 +176,5 @@ def options(config: Config, q: Tensor, int64: bool) -> dict[str, object]:
         "RANK": descriptor_rank(q.shape[2]) if config.descriptors else 0,
         "INT64": int64,
         "PRECISION": input_precision(q.dtype),
-        **config.options(),
+        **config.options(fp_fusion=True),
     }

@@ -62,6 +62,5 @@ def options(config: Config, head_dim: int, int64: bool) -> dict[str, object]:
         "BLOCK_T": config.block_tokens,
         "HEADS": config.heads,
         "INT64": int64,
-        "enable_fp_fusion": False,  # primitives.token_cos_sin says why
-        **config.options(),
+        **config.options(fp_fusion=False),  # primitives.token_cos_sin says why
     }
