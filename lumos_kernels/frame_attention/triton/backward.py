@@ -42,7 +42,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 ROUND_BLOCK = 1024  # elements of dq that a program of _round_kernel takes
 
 
-@triton.jit(do_not_specialize=["queries", "padded"])
+@triton.jit(do_not_specialize=["queries", "padded", "grad_lse_stride_h", "grad_lse_stride_t"])
 def _delta_kernel(
     grad_o: kt.Pointer,
     o: kt.Pointer,
@@ -51,7 +51,8 @@ def _delta_kernel(
     statistics_ptr: kt.Pointer,
     grad_o_strides: kt.Scalar,
     o_strides: kt.Scalar,
-    grad_lse_strides: kt.Scalar,
+    grad_lse_stride_h: kt.Scalar,
+    grad_lse_stride_t: kt.Scalar,
     queries: kt.Scalar,
     padded: kt.Scalar,
     heads: kt.Scalar,
@@ -74,9 +75,9 @@ def _delta_kernel(
     if grad_lse_ptr is not None:
         if INT64:
             row_64, head_64 = row.to(tl.int64), head.to(tl.int64)
-            offset = head_64 * grad_lse_strides[0] + row_64 * grad_lse_strides[1]
+            offset = head_64 * grad_lse_stride_h + row_64 * grad_lse_stride_t
         else:
-            offset = head * grad_lse_strides[0] + row * grad_lse_strides[1]
+            offset = head * grad_lse_stride_h + row * grad_lse_stride_t
         delta -= tl.load(grad_lse_ptr + offset, mask=row < queries, other=0.0)
     keyless = lse == float("-inf")
     at = statistics_ptr + head_offset(head, padded, INT64) + row
@@ -156,12 +157,13 @@ def _key_kernel(
                 p = tl.where((row[None, :] >= start[:, None]) & (row[None, :] < end[:, None]), p, 0.0)
             dv_sum = tl.dot(p.to(do.dtype), do, dv_sum, input_precision=PRECISION)
             ds = (p * dp).to(q_tile.dtype)
-            dk_sum = tl.dot(ds, q_tile, dk_sum, input_precision=PRECISION)
             if FUSED:
                 _add_dq(
                     dq, dq_strides, tl.dot(ds.T, k_tile, input_precision=PRECISION),
                     i, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64,
                 )  # fmt: skip
+            # After dq: with dk first, triton 3.6.0 needs more registers than there are at D = 128.
+            dk_sum = tl.dot(ds, q_tile, dk_sum, input_precision=PRECISION)
     store_tile(dk, dk_strides, dk_sum * scale, first, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
     store_tile(dv, dv_strides, dv_sum, first, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
 
@@ -282,7 +284,7 @@ def _statistics(outputs: Outputs, grad: OutputGradients) -> Tensor:
         result,
         grad.o.stride()[:2],
         o.stride()[:2],
-        (0, 0) if grad.lse is None else grad.lse.stride(),
+        *((0, 0) if grad.lse is None else grad.lse.stride()),
         queries,
         padded,
         heads,

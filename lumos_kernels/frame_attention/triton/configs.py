@@ -43,6 +43,8 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, descrip
 
 
 # (kernel, architecture) -> head size -> configuration, for bf16 and fp16: block_m, block_n, warps, stages, descriptors.
+# All compile without spills and without serialised wgmma on triton 3.6.0 (sm_90) and 3.7.1 (all three). None was
+# measured yet.
 DEFAULTS: Mapping[tuple[str, str], Mapping[int, Config]] = {
     ("forward", "sm_80"): {
         32: _config(128, 64, 8, 3, False),
@@ -52,7 +54,11 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[int, Config]] = {
     },
     ("forward", "sm_90"): {
         32: _config(128, 128, 4, 2, True),
-        64: _config(128, 128, 4, 2, True),
+        # 188 registers: two programs on an SM, each of which has its exponentials (544 clocks of MUFU a tile) run under
+        # the other's matmuls (512). 128 keys and 4 warps need more than 255 registers, so ptxas waits after each wgmma.
+        # 64 queries would read 64 bytes of K and V for each clock of matmuls, more than L2 gives; 8 warps at 128 x 128
+        # are one program on an SM, in lock step.
+        64: _config(128, 64, 4, 3, True),
         96: _config(128, 128, 8, 2, True),
         128: _config(128, 128, 8, 2, True),
     },
@@ -71,8 +77,13 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[int, Config]] = {
     ("dkdv", "sm_90"): {
         32: _config(64, 128, 8, 2, True),
         64: _config(64, 128, 8, 2, True),
-        96: _config(32, 128, 8, 2, True),
-        128: _config(64, 64, 4, 2, True),
+        # Left operands stay in registers here. 32 x 64 and 64 x 64 with 4 warps and 32 x 128 with 8, in two stages,
+        # spill or serialise wgmma.
+        96: _config(64, 64, 8, 2, True),
+        # Two programs on an SM (253 registers, 64 KB), each of which waits for its tiles while the other computes. With
+        # two stages triton 3.6.0 spills 30. 8 warps exchange p and ds through shared memory, and their 64 x 32 matmuls
+        # read both operands from there: 1,664 clocks of it for 1,024 of matmuls, where this one takes 1,024.
+        128: _config(64, 64, 4, 1, True),
     },
     ("dkdv", "sm_100"): {
         32: _config(64, 128, 8, 2, True),
