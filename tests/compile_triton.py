@@ -40,7 +40,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from triton_cases import CASES, Budget, Case, lengths
+from triton_cases import CASES, Budget, Case, lengths, vetted_cases, wrong_cases
 
 ARCHS = (80, 90, 100)
 MATMULS = {80: "HMMA", 90: "HGMMA", 100: "UTC"}  # first letters of the matrix instructions
@@ -56,6 +56,7 @@ _HARMLESS = "warpgroup.arrive is injected"
 class Resources:
     """One compiled kernel."""
 
+    triton: str  # its version
     case: str
     kernel: str
     arch: int
@@ -163,6 +164,7 @@ def resources(case: Case, launch: Launch, arch: int) -> Resources:
         short = re.sub(r"\.(CONSTANT|SYS|STRONG|GPU|EF|EL|NA|LU)\b", "", opcode)
         mnemonics[short] = mnemonics.get(short, 0) + 1
     found = Resources(
+        triton=triton.__version__,
         case=case.name,
         kernel=kernel.name,
         arch=arch,
@@ -215,9 +217,11 @@ def _outside(budget: Budget, found: Resources, ptx: str) -> Iterator[str]:
             yield f"PTX holds {text!r}"
 
 
-def all_resources(archs: Iterable[int], only: str = "") -> Iterator[Resources]:
+def all_resources(
+    archs: Iterable[int], cases: Iterable[Callable[[], Iterator[Case]]], only: str = ""
+) -> Iterator[Resources]:
     seen = set()
-    every = itertools.chain.from_iterable(cases() for cases in CASES)
+    every = itertools.chain.from_iterable(some() for some in cases)
     for case in (case for case in every if case.name.startswith(only)):
         for arch in archs:
             launches = compiled_launches(case.call, arch)
@@ -248,13 +252,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per compiled kernel")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="all three where not given")
     parser.add_argument("--only", default="", help="cases whose names begin so")
+    parser.add_argument("--wrong", action="store_true", help="the launch that is outside its budgets, instead of all")
+    parser.add_argument(
+        "--vetted", action="store_true", help="what frame_attention's tuner tries first, instead of all"
+    )
     parser.add_argument("--variants", action="store_true", help="how often each kernel is compiled for many lengths")
     options = parser.parse_args()
     if options.variants:
         for name, calls in lengths().items():
             print(json.dumps({"op": name, **variants(calls, (options.arch or ARCHS)[0])}))
         return
-    for found in all_resources(options.arch or ARCHS, options.only):
+    cases = [wrong_cases] if options.wrong else [vetted_cases] if options.vetted else CASES
+    for found in all_resources(options.arch or ARCHS, cases, options.only):
         if options.json:
             print(json.dumps(dataclasses.asdict(found)), flush=True)
             continue

@@ -229,6 +229,55 @@ def lengths() -> dict[str, list[Callable[[], object]]]:
     }
 
 
+def vetted_cases() -> Iterator[Case]:
+    """The configurations of frame_attention that the tuner tries first, for the two models' head sizes on sm_90."""
+    from lumos_kernels import RowLimits
+    from lumos_kernels.frame_attention.contract import Inputs, Outputs
+    from lumos_kernels.frame_attention.triton import tune
+
+    tiles = Budget(registers=255, shared=227 * 1024, tensor_cores=True, copy_engine=True)
+    others = {"_delta_kernel": Budget(registers=96, shared=2048)}
+    kernels = {
+        "forward": {"_forward_kernel": tiles},
+        "dkdv": {**others, "_key_kernel": tiles, "_query_kernel": tiles},
+        "dq": {**others, "_key_kernel": tiles, "_query_kernel": tiles},
+        "fused": {**others, "_key_kernel": tiles, "_round_kernel": Budget(registers=32)},
+    }
+    with mock.patch.object(tune, "forward", lambda inputs: Outputs(torch.empty_like(inputs.q), torch.empty(32, 300))):
+        for head_dim in (64, 128):
+            q, k, v = torch.empty(300, 48, head_dim, dtype=torch.bfloat16).split([32, 8, 8], 1)
+            limits = RowLimits(*(torch.zeros(300, dtype=torch.int32) for _ in range(4)))
+            data = tune.Data(Inputs(q, k, v, limits, 0.125), torch.empty(q.shape, dtype=q.dtype))
+            for kernel, found in tune.vetted("sm_90", head_dim).items():
+                run = tune.runner(kernel, data)
+                for config in found:
+                    yield Case(f"{kernel} D={head_dim} {config}", run(config), kernels[kernel])
+
+
+def wrong_cases() -> Iterator[Case]:
+    """A launch that is outside of three budgets on sm_90: what a budget finds is tried on it.
+
+    A forward of 128 x 128 with 4 warps at D = 64 needs more registers than there are, and ptxas serialises its wgmma.
+    """
+    from lumos_kernels import RowLimits
+    from lumos_kernels.frame_attention.contract import Inputs
+    from lumos_kernels.frame_attention.triton import configs, forward_with
+
+    def call() -> None:
+        q, k, v = torch.empty(300, 48, 64, dtype=torch.bfloat16).split([32, 8, 8], 1)
+        limits = RowLimits(*(torch.zeros(300, dtype=torch.int32) for _ in range(4)))
+        config = configs.Config(block_m=128, block_n=128, num_warps=4, num_stages=2, descriptors=True)
+        options = configs.options
+
+        def incomplete(*args) -> dict:
+            return {name: value for name, value in options(*args).items() if name != "enable_fp_fusion"}
+
+        with mock.patch.object(configs, "options", incomplete):
+            forward_with(config, Inputs(q, k, v, limits, 0.125))
+
+    yield Case("wrong", call, {"_forward_kernel": Budget(registers=255, shared=227 * 1024)})
+
+
 CASES: tuple[Callable[[], Iterator[Case]], ...] = (
     mm_rope_cases,
     tube_masked_loss_cases,

@@ -168,5 +168,8 @@ VETTED: Mapping[tuple[str, str, int], Sequence[Config]] = {
         _config(64, 128, 8, 1, True),
         _config(64, 64, 8, 2, True),
     ),
-    ("fused", "sm_90", 128): (_config(64, 64, 8, 1, True),),
+    ("fused", "sm_90", 128): (
+        _config(32, 128, 8, 2, True),
+        _config(32, 128, 8, 1, True),
+    ),
 }
