@@ -62,7 +62,7 @@ def mm_rope_cases() -> Iterator[Case]:
     }
     forward = Budget(registers=80, shared=512, **limits)  # 24 warps on an SM
     backward = Budget(registers=168, shared=2048, **limits)  # 12 warps
-    sums = Budget(registers=64, shared=1024, at_least={"LDG.E.128": 1})
+    sums = Budget(registers=64, shared=1024, at_least={"LDG.E.128": 16})  # of q or of k, 8 at once: 32 KB in flight
     variants = {
         "D=32": {"head_dim": 32},
         "D=64": {"head_dim": 64},

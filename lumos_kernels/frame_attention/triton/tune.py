@@ -308,8 +308,10 @@ def main(arguments: list[str] | None = None) -> None:
     def store(found: Table) -> None:
         if options.out is None:
             measured.save(name, found)
-        else:
-            options.out.write_text(source(arch, found, f"Last run: {name} ({arch})."), encoding="utf-8")
+        else:  # in one step: a run may be killed while it writes
+            scratch = options.out.with_name(f".{options.out.name}.partial")
+            scratch.write_text(source(arch, found, f"Last run: {name} ({arch})."), encoding="utf-8")
+            scratch.replace(options.out)
 
     tune(arch, options.minutes, todo, store, most=options.candidates)
     print(f"wrote {options.out or measured.path()}")
