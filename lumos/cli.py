@@ -31,10 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
 
 
-def _check(ops: Sequence[str] | None, impls: Sequence[str] | None, quick: bool) -> int:
-    return check.check(ops or check.checkable(), impls or (), quick)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lumos", description="Train and sample Lumos-1 video models.")
     parser.add_argument("--version", action="version", version=lumos_kernels.__version__)
@@ -50,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("check", help="compare the kernels with their references on this machine")
     check.add_arguments(command)
-    command.set_defaults(run=_check)
+    command.set_defaults(run=check.command)
 
     command = commands.add_parser("env", help="print versions, CPU, GPU, implementations and self-checks")
     command.set_defaults(run=env.env)

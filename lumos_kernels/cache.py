@@ -14,17 +14,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 logger = logging.getLogger("lumos_kernels")
 
+QUIET_WAIT, LONGEST_WAIT = 3.0, 300.0  # seconds
+
 
 def folder() -> Path:
-    """Return LUMOS_CACHE_DIR, by default the folder lumos_kernels in the user's cache folder. It need not exist."""
+    """Return LUMOS_CACHE_DIR, by default the folder lumos_kernels in the user's cache folder. It need not exist.
+
+    A user without a home has a folder of his own among the temporary files.
+    """
     chosen = os.environ.get("LUMOS_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lumos_kernels"
+    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lumos_kernels"
+    try:
+        return base.expanduser()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"lumos_kernels-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -45,6 +52,7 @@ def write(name: str, value: dict[str, Any]) -> bool:
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 json.dump(value, file, indent=1, sort_keys=True)
+            os.chmod(scratch, 0o644)  # mkstemp's file is its owner's alone, and users may share a folder
             os.replace(scratch, target)
         except BaseException:
             os.unlink(scratch)
@@ -57,9 +65,19 @@ def write(name: str, value: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Let one process at a time into the block. Where no lock file can be made, every process enters."""
+    """Let one process at a time into the block.
+
+    Every process enters where no lock file can be made, and where the one inside takes longer than LONGEST_WAIT.
+    """
+    file = folder() / f"{name}.lock"
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, NotImplementedError):  # the latter: a file system without locks
-            folder().mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder() / f"{name}.lock"))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(file)
+            try:
+                lock.acquire(timeout=QUIET_WAIT)
+            except Timeout:
+                logger.warning("waiting for another process, up to %.0f s: it holds %s", LONGEST_WAIT, file)
+                lock.acquire(timeout=LONGEST_WAIT)
+            stack.callback(lock.release)
         yield

@@ -15,20 +15,22 @@ On a GPU the verdicts are kept for "auto" (docs/gpus.md). The status is 1 if any
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from . import battery, dispatch, self_check
+from . import battery, cache, dispatch, examples, self_check
 from .battery import CHECKS, Finding, Subject
 from .dispatch import Problem
 from .errors import dtype_name
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUICK_DTYPES = (torch.bfloat16, torch.float32)
-QUICK_HEAD_DIMS = (64, 128, None)
+QUICK_HEAD_DIMS = (64, 128)
 WITHOUT_EXAMPLES = ("frame_layout",)  # integers, which its tests compare exactly
 
 COLUMNS = ("op", "impl", "device", "dtype", "head", "backward", "ours", "eager", "bound", *CHECKS[1:], "ms", "result")
@@ -43,33 +45,46 @@ class Refused(NamedTuple):
     reason: str
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The subjects that are wanted. Empty tuples stand for all; `quick` narrows dtypes and head sizes."""
+
+    ops: tuple[str, ...] = ()
+    impls: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    head_dims: tuple[int, ...] = ()
+    quick: bool = False
+
+    def subjects(self, op: dispatch.Op[Any], impl: str) -> Iterator[Subject]:
+        """Yield what is wanted of an implementation, whether it runs here or not."""
+        head_dims: tuple[int | None, ...] = examples.head_dims(op) or (None,)
+        if head_dims != (None,):
+            head_dims = self.head_dims or (QUICK_HEAD_DIMS if self.quick else head_dims)
+        for device in devices():
+            for dtype in self.dtypes or (QUICK_DTYPES if self.quick else DTYPES):
+                for head_dim in head_dims:
+                    for kind in examples.kinds(op, impl):
+                        yield Subject(op, impl, dtype, head_dim, kind, device)
+
+
 def devices() -> list[torch.device]:
-    """Return the CPU and, where there is one, the current GPU."""
-    found = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        found.append(torch.device("cuda", torch.cuda.current_device()))
-    return found
+    """Return the CPU and one GPU of each model."""
+    gpus = {self_check.file_name(number): number for number in reversed(range(torch.cuda.device_count()))}
+    return [torch.device("cpu"), *(torch.device("cuda", number) for number in sorted(gpus.values()))]
 
 
-def plan(ops: Sequence[str], impls: Sequence[str], quick: bool) -> Iterator[Subject | Refused]:
+def plan(selection: Selection) -> Iterator[Subject | Refused]:
     """Yield what is to be examined, and which implementations cannot be."""
-    for name in ops:
+    for name in selection.ops or checkable():
         op = dispatch.ops()[name]
         for impl in op.implementations:
-            if impl not in impls if impls else impl == "reference":
+            if impl not in selection.impls if selection.impls else impl == "reference":
                 continue
-            refusals = [(subject, op.refusal(impl, problem_of(subject))) for subject in _subjects(op, impl, quick)]
+            refusals = [(subject, op.refusal(impl, problem_of(subject))) for subject in selection.subjects(op, impl)]
             able = [subject for subject, reason in refusals if reason is None]
             yield from able
             if not able:
                 yield Refused(name, impl, refusals[-1][1] or "")
-
-
-def _subjects(op: dispatch.Op[Any], impl: str, quick: bool) -> Iterator[Subject]:
-    for device in devices():
-        for subject in battery.subjects(op, impl, QUICK_DTYPES if quick else DTYPES, device):
-            if not quick or subject.head_dim in QUICK_HEAD_DIMS:
-                yield subject
 
 
 def problem_of(subject: Subject) -> Problem:
@@ -78,17 +93,21 @@ def problem_of(subject: Subject) -> Problem:
 
 
 def run(subject: Subject, thorough: bool) -> Finding:
-    """Examine a subject. An exception of the implementation is a failure. On a GPU the verdict is kept."""
+    """Examine a subject. An exception of the implementation is a failure.
+
+    On a GPU the verdict is kept, but not that of an exception: its cause may be mended.
+    """
+    lasts = True
     try:
         finding = battery.examine(subject, thorough)
     except Exception as error:
-        finding = Finding(failures=[f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"])
-        if isinstance(error, torch.OutOfMemoryError):
-            return finding
-    if is_gpu(subject.device):
+        finding = Finding(failures=[self_check.said(error)])
+        lasts = self_check.device_is_lost(subject.device)
+    if lasts and is_gpu(subject.device):
         problem = problem_of(subject)
         name = self_check.title(subject.op, subject.impl, problem, subject.kind)
-        self_check.keep(self_check.file_name(problem.gpu), problem.gpu, {name: self_check.judge(finding)})
+        with cache.locked(self_check.file_name(problem.gpu)):
+            self_check.keep(problem.gpu, {name: self_check.judge(finding)})
     return finding
 
 
@@ -120,20 +139,17 @@ def line(row: Sequence[str]) -> str:
     return " ".join(cell.ljust(width) for cell, width in zip(row, WIDTHS, strict=True)).rstrip()
 
 
-def check(ops: Sequence[str], impls: Sequence[str] = (), quick: bool = False) -> int:
-    """Examine implementations and print a table. Return 0, 1 if anything failed, or 2 if nothing could run.
-
-    ops: names of ops. impls: names of implementations, by default all but the reference.
-    """
+def check(selection: Selection) -> int:
+    """Examine implementations and print a table. Return 0, 1 if anything failed, or 2 if nothing could run."""
     print(line(COLUMNS))
     refused: list[Refused] = []
     failed: list[str] = []
     examined = 0
-    for item in plan(ops, impls, quick):
+    for item in plan(selection):
         if isinstance(item, Refused):
             refused.append(item)
             continue
-        finding = run(item, thorough=not quick)
+        finding = run(item, thorough=not selection.quick)
         examined += 1
         print(line(cells(item, finding)), flush=True)
         failed += [f"{item.op.name} {item.impl} {dtype_name(item.dtype)}: {failure}" for failure in finding.failures]
@@ -157,11 +173,20 @@ def checkable() -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `check` to a parser."""
-    parser.add_argument("--op", dest="ops", action="append", choices=checkable(), help="only this op (may be repeated)")
+    """Add the options of the command to a parser: the fields of a Selection."""
     impls = sorted({impl for op in dispatch.ops().values() for impl in op.implementations})
-    parser.add_argument("--impl", dest="impls", action="append", choices=impls, help="only this implementation")
-    parser.add_argument("--quick", action="store_true", help="two dtypes, two head sizes, two runs: seconds")
+    add = functools.partial(parser.add_argument, action="append", default=[])
+    add("--op", dest="ops", choices=checkable(), help="only this op (each of these options may be repeated)")
+    add("--impl", dest="impls", choices=impls, help="only this implementation")
+    add("--dtype", dest="dtypes", choices=[dtype_name(dtype) for dtype in DTYPES], help="only this dtype")
+    add("--head-dim", dest="head_dims", type=int, metavar="D", help="only this head size")
+    parser.add_argument("--quick", action="store_true", help="two dtypes, two head sizes, two runs: seconds on a CPU")
+
+
+def command(ops: list[str], impls: list[str], dtypes: list[str], head_dims: list[int], quick: bool) -> int:
+    """Run `check` with the options of add_arguments."""
+    chosen = tuple(dtype for dtype in DTYPES if dtype_name(dtype) in dtypes)
+    return check(Selection(tuple(ops), tuple(impls), chosen, tuple(head_dims), quick))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,8 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    options = parser.parse_args(arguments)
-    return check(options.ops or checkable(), options.impls or (), options.quick)
+    return command(**vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

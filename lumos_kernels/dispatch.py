@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
@@ -69,11 +69,13 @@ class Op(Generic[Implementation]):
 
     package: the package of the op; implementation <name> is the module `package`.<name>.
     implementations: name -> predicate, in the order in which "auto" prefers them.
+    on_request: name -> why "auto" never takes the implementation.
     """
 
     name: str
     package: str
     implementations: Mapping[str, Predicate]
+    on_request: Mapping[str, str] = field(default_factory=dict)
 
     def choose(self, impl: str, problem: Problem) -> Implementation:
         """Return the implementation's module. Raise ValueError with the reason if an explicit choice cannot run.
@@ -81,7 +83,8 @@ class Op(Generic[Implementation]):
         Callers look up `forward` and `backward` in the module at each call, so that a test can replace them.
         """
         try:
-            module = _choose(self.name, impl, _override(self.name) if impl == "auto" else None, problem)
+            override = _override(self.name) if impl == "auto" else None
+            module = _choose(self.name, impl, override, problem, problem.device == "cuda" and self_checks())
         except _UndecidedError as undecided:
             module = undecided.module
         return cast(Implementation, module)
@@ -104,9 +107,11 @@ class _UndecidedError(Exception):
 _OPS: dict[str, Op[Any]] = {}
 
 
-def register(name: str, package: str, implementations: Mapping[str, Predicate]) -> Op[Any]:
+def register(
+    name: str, package: str, implementations: Mapping[str, Predicate], on_request: Mapping[str, str] | None = None
+) -> Op[Any]:
     """Register an op of this package with its implementations, best first."""
-    _OPS[name] = Op(name, package, implementations)
+    _OPS[name] = Op(name, package, implementations, on_request or {})
     return _OPS[name]
 
 
@@ -123,7 +128,7 @@ def check_names(source: str, names: Collection[str]) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(name: str, impl: str, override: str | None, problem: Problem) -> object:
+def _choose(name: str, impl: str, override: str | None, problem: Problem, checked: bool) -> object:
     op = _OPS[name]
     wanted = override or impl
     if wanted != "auto":
@@ -135,8 +140,8 @@ def _choose(name: str, impl: str, override: str | None, problem: Problem) -> obj
     refused: list[str] = []
     undecided = False
     for candidate in op.implementations:
-        reason = op.refusal(candidate, problem)
-        if reason is None and needs_self_check(candidate, problem):
+        reason = op.refusal(candidate, problem) or op.on_request.get(candidate)
+        if reason is None and checked and candidate != "reference":
             from . import self_check
 
             verdict = self_check.verdict(op, candidate, problem)
@@ -155,7 +160,15 @@ def _choose(name: str, impl: str, override: str | None, problem: Problem) -> obj
 
 def needs_self_check(impl: str, problem: Problem) -> bool:
     """Return whether "auto" takes the implementation only after it has passed its self-check."""
-    return problem.device == "cuda" and impl != "reference" and os.environ.get("LUMOS_SELF_CHECK") != "0"
+    return problem.device == "cuda" and impl != "reference" and self_checks()
+
+
+def self_checks() -> bool:
+    """Return whether implementations are checked on a GPU. LUMOS_SELF_CHECK=0 trusts them."""
+    value = os.environ.get("LUMOS_SELF_CHECK", "1")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"LUMOS_SELF_CHECK must be 0 (trust GPU implementations unchecked) or 1; got {value!r}")
+    return value != "0"
 
 
 @functools.cache
@@ -260,13 +273,15 @@ def _standing(op: Op[Any], impl: str, problem: Problem) -> tuple[str, str]:
     refusal = op.refusal(impl, problem)
     if refusal is not None:
         return "-", refusal
+    if impl in op.on_request:
+        return "ready", op.on_request[impl]
     if not needs_self_check(impl, problem):
         return "auto", ""
     from . import self_check
 
     verdict = self_check.stored(op, impl, problem)
     if verdict is None:
-        return "auto", "if it passes its self-check, which its first use makes"
+        return "auto", "checked against the reference at first use"
     return ("auto", "passed its self-check") if verdict.passed else ("ready", f"failed its self-check: {verdict.error}")
 
 

@@ -52,7 +52,7 @@ def facts() -> Iterator[tuple[str, str]]:
     if not torch.cuda.is_available():
         yield "GPU", "none that this torch can use"
     for number in range(torch.cuda.device_count()):
-        gpu = self_check.gpu(number)
+        gpu = self_check.gpu_facts(number)
         yield f"GPU {number}", f"{gpu['gpu']}, {gpu['arch']}, driver {gpu['driver']}, CUDA {torch.version.cuda}"
     yield "cache folder", str(cache.folder())
     for name in sorted(name for name in os.environ if name.startswith("LUMOS_")):

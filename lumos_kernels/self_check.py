@@ -11,15 +11,19 @@ out of memory is no verdict at all, and neither is an interruption.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -36,6 +40,8 @@ Result = TypeVar("Result")
 
 # Packages whose code an implementation runs.
 PACKAGES = ("triton", "flash-attn", "flash-attn-4", "nvidia-cudnn-frontend")
+COMPILER_SETTINGS = ("TRITON_INTERPRET", "TRITON_PTXAS_PATH", "TRITON_DEFAULT_FP_FUSION")
+FIRST_WAIT = 60.0  # seconds until a check that ran out of memory is tried again, doubled each time
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _LOCK = threading.Lock()
 
@@ -51,12 +57,35 @@ class NoVerdictError(RuntimeError):
     """A verdict is needed where none can be made: while a CUDA graph is captured or a program is traced."""
 
 
-_verdicts: dict[tuple[str, str], Verdict] = {}  # (file, title) -> verdict, of this process
+class _Process:
+    """Everything that this process knows: verdicts, the files that it has read, and when it may try again."""
+
+    def __init__(self) -> None:
+        self.verdicts: dict[tuple[str, str], Verdict] = {}  # (file, title)
+        self.read: set[str] = set()
+        self.next_try: dict[tuple[str, str], tuple[float, float]] = {}  # (file, title) -> time, and how long it waited
+
+
+_process = _Process()
 
 
 def title(op: Op[Any], impl: str, problem: Problem, kind: str) -> str:
-    """Return the name of a verdict, e.g. "frame_attention triton bfloat16 64 deterministic"."""
+    """Return the name of a verdict in the file, e.g. "frame_attention triton bfloat16 64 deterministic"."""
     return f"{op.name} {impl} {dtype_name(problem.dtype)} {_head(op, problem) or '-'} {kind}"
+
+
+def words(op: Op[Any], impl: str, problem: Problem, kind: str) -> str:
+    """Return the same for messages: "frame_attention triton (bfloat16, head size 64, deterministic backward)"."""
+    head = _head(op, problem)
+    parts = [dtype_name(problem.dtype), *([f"head size {head}"] if head else []), f"{kind} backward"]
+    return f"{op.name} {impl} ({', '.join(parts)})"
+
+
+def command(op: Op[Any], impl: str, problem: Problem) -> str:
+    """Return the command that makes the verdicts of a problem."""
+    head = _head(op, problem)
+    only = f"--op {op.name} --impl {impl} --dtype {dtype_name(problem.dtype)}" + (f" --head-dim {head}" if head else "")
+    return f"python -m lumos_kernels.check {only}"
 
 
 def _head(op: Op[Any], problem: Problem) -> int | None:
@@ -65,14 +94,14 @@ def _head(op: Op[Any], problem: Problem) -> int | None:
 
 def stored(op: Op[Any], impl: str, problem: Problem, kind: str = DETERMINISTIC) -> Verdict | None:
     """Return the verdict of this process or of the disk, None where there is none. Nothing is run."""
-    file, name = file_name(problem.gpu), title(op, impl, problem, kind)
-    if (file, name) not in _verdicts:
+    file = file_name(problem.gpu)
+    if file not in _process.read:
+        _process.read.add(file)
         kept = cache.read(file).get("verdicts")
-        entry = kept.get(name) if isinstance(kept, dict) else None
-        if not isinstance(entry, dict) or not isinstance(entry.get("passed"), bool):
-            return None
-        _verdicts[file, name] = Verdict(entry["passed"], str(entry.get("error", "")))
-    return _verdicts[file, name]
+        for name, entry in kept.items() if isinstance(kept, dict) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("passed"), bool):
+                _process.verdicts.setdefault((file, name), Verdict(entry["passed"], str(entry.get("error", ""))))
+    return _process.verdicts.get((file, title(op, impl, problem, kind)))
 
 
 def allows(op: Op[Any], impl: str, problem: Problem, kind: str) -> bool:
@@ -84,26 +113,32 @@ def allows(op: Op[Any], impl: str, problem: Problem, kind: str) -> bool:
 
 
 def verdict(op: Op[Any], impl: str, problem: Problem) -> Verdict | None:
-    """Return the verdict on an implementation. Without one, make it for every kind of backward.
+    """Return the verdict on an implementation. Make those that are missing, for every kind of backward.
 
-    None: it could not be made now, and the next call may try again. Raises NoVerdictError under capture and tracing.
+    None: it could not be made now, and a later call may try again. Raises NoVerdictError under capture and tracing.
     """
+    kinds = examples.kinds(op, impl)
     known = stored(op, impl, problem)
-    if known is not None:
-        return known
-    name = title(op, impl, problem, DETERMINISTIC)
     if _is_recorded(problem):
-        raise NoVerdictError(
-            f"{name} has not been checked on this GPU, and cannot be while a CUDA graph is captured or a program is "
-            f"traced: run `python -m lumos_kernels.check --op {op.name} --impl {impl}` before, or one step outside"
-        )
-    if torch._C._current_graph_task_id() != -1:
-        return None  # the thread of a backward pass: the check has one of its own, which would wait for this one
+        if known is None:
+            raise NoVerdictError(
+                f"{words(op, impl, problem, DETERMINISTIC)} was not checked on this GPU yet, and cannot be while a "
+                f"CUDA graph is captured or a program is traced. Run one step eagerly first, or "
+                f"`{command(op, impl, problem)}`"
+            )
+        return known
+    # In a thread of autograd's the check, which has a thread of its own, would wait for this one.
+    if torch._C._current_graph_task_id() != -1 or all(stored(op, impl, problem, kind) for kind in kinds):
+        return known
+    # What the caller has queued must not wait inside the lock, and its errors are not those of the implementation.
+    if problem.device == "cuda" and torch.cuda.is_available():
+        torch.cuda.current_stream(problem.gpu).synchronize()
     file = file_name(problem.gpu)
     with _LOCK, cache.locked(file):
-        known = stored(op, impl, problem)  # another thread or rank may have made it meanwhile
-        if known is None:
-            for kind in examples.kinds(op, impl):
+        _process.read.discard(file)  # another thread or process may have made them meanwhile
+        for kind in kinds:
+            waits_until, _ = _process.next_try.get((file, title(op, impl, problem, kind)), (0.0, 0.0))
+            if stored(op, impl, problem, kind) is None and monotonic() >= waits_until:
                 _make(op, impl, problem, kind)
     return stored(op, impl, problem)
 
@@ -116,29 +151,48 @@ def _is_recorded(problem: Problem) -> bool:
 
 def _make(op: Op[Any], impl: str, problem: Problem, kind: str) -> None:
     """Run the check and keep its verdict, where it comes to one."""
-    name, file = title(op, impl, problem, kind), file_name(problem.gpu)
-    logger.info("%s is checked against the reference, once on this machine", name)
+    key = file_name(problem.gpu), title(op, impl, problem, kind)
+    name = words(op, impl, problem, kind)
+    logger.warning("%s is compared with its reference, once on this machine; this takes some seconds", name)
     subject = Subject(op, impl, problem.dtype, _head(op, problem), kind, device_of(problem))
     try:
         finding = in_own_thread(lambda proceed: battery.examine(subject, proceed=proceed), subject.device)
-    except torch.OutOfMemoryError:
-        logger.warning("%s could not be checked: the GPU is out of memory", name)
-        return
     except Exception as error:
-        found = Verdict(False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        _verdicts[file, name] = found
+        if is_out_of_memory(error):
+            waited = 2 * _process.next_try.get(key, (0.0, FIRST_WAIT / 2))[1]
+            _process.next_try[key] = monotonic() + waited, waited
+            logger.warning("%s could not be checked for lack of memory. A later call tries again", name)
+            return
+        found = Verdict(False, said(error))
+        _process.verdicts[key] = found
         if device_is_lost(subject.device):
-            keep(file, problem.gpu, {name: found})
+            keep(problem.gpu, {key[1]: found})
             raise RuntimeError(
-                f"{name} ended the GPU context in its self-check ({found.error}). Start the process again: "
-                '"auto" will not take it any more'
+                f"a CUDA error stopped this process's GPU while {name} was compared with its reference: {found.error}. "
+                f'Start the process again: until `{command(op, impl, problem)}` passes, "auto" will not take it'
             ) from error
     else:
         found = judge(finding)
-        _verdicts[file, name] = found
-        keep(file, problem.gpu, {name: found})
+        keep(problem.gpu, {key[1]: found})
     if not found.passed:
-        logger.warning('%s failed its self-check, and "auto" does not take it: %s', name, found.error)
+        logger.warning(
+            '%s failed its self-check: %s. "auto" takes the next implementation; `%s` shows more',
+            name,
+            found.error,
+            command(op, impl, problem),
+        )
+
+
+def said(error: Exception) -> str:
+    """Return an exception as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether the error says that memory ran out, in the words of torch, CUDA, cuBLAS or Triton."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
 def judge(finding: Finding) -> Verdict:
@@ -146,19 +200,20 @@ def judge(finding: Finding) -> Verdict:
     return Verdict(finding.passed, "" if finding.passed else finding.failures[0])
 
 
-def keep(file: str, index: int | None, verdicts: dict[str, Verdict]) -> None:
-    """Add verdicts to a file of the cache folder, and to those of this process."""
+def keep(gpu: int | None, verdicts: Mapping[str, Verdict]) -> None:
+    """Add verdicts to the machine's file, whose lock the caller holds, and to those of this process."""
+    file = file_name(gpu)
     kept = cache.read(file).get("verdicts")
     entries = dict(kept) if isinstance(kept, dict) else {}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     for name, found in verdicts.items():
-        _verdicts[file, name] = found
+        _process.verdicts[file, name] = found
         entries[name] = {**found._asdict(), "date": date}
-    cache.write(file, {"machine": machine(index), "verdicts": entries})
+    cache.write(file, {"machine": machine(gpu), "verdicts": entries})
 
 
 def in_own_thread(work: Callable[[Callable[[], None]], Result], device: torch.device) -> Result:
-    """Return work(proceed) from a thread of its own, where no setting of the caller's thread holds.
+    """Return work(proceed) from a thread of its own, on a stream of its own, where no setting of the caller holds.
 
     Autocast, grad mode, inference mode, the default device, torch's modes and the current stream belong to a thread.
     `proceed` ends the work where the caller was interrupted.
@@ -173,9 +228,13 @@ def in_own_thread(work: Callable[[Callable[[], None]], Result], device: torch.de
 
     def run() -> None:
         try:
-            with torch.cuda.device(device) if device.type == "cuda" else torch.enable_grad():
+            with contextlib.ExitStack() as stack:
+                if device.type == "cuda":
+                    stack.enter_context(torch.cuda.device(device))
+                    stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
                 results.append(work(proceed))
         except BaseException as error:  # it is raised again in the caller's thread
+            traceback.clear_frames(error.__traceback__)  # they hold the check's tensors
             errors.append(error)
 
     thread = threading.Thread(target=run, name="lumos-self-check", daemon=True)
@@ -186,7 +245,7 @@ def in_own_thread(work: Callable[[Callable[[], None]], Result], device: torch.de
         stopped.set()
         raise
     if errors:
-        raise errors[0]
+        raise errors.pop()
     return results[0]
 
 
@@ -206,27 +265,28 @@ def device_is_lost(device: torch.device) -> bool:
     return False
 
 
-def file_name(index: int | None) -> str:
+@functools.cache
+def file_name(gpu: int | None) -> str:
     """Return the name of the file with the verdicts of a machine: a digest of all that a verdict depends on."""
-    facts = json.dumps(machine(index), sort_keys=True)
+    facts = json.dumps(machine(gpu), sort_keys=True)
     return f"self_check_{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
 
 
-@functools.cache
-def machine(index: int | None) -> dict[str, str]:
-    """Return what a verdict depends on: the GPU, its driver, the versions and the code."""
+def machine(gpu: int | None) -> dict[str, str]:
+    """Return what a verdict depends on: the GPU, its driver, the versions, the compiler's settings and the code."""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {**gpu(index), "torch": torch.__version__, **versions, "code": code_digest()}
+    settings = {name: os.environ[name] for name in COMPILER_SETTINGS if name in os.environ}
+    return {**gpu_facts(gpu), "torch": torch.__version__, **versions, **settings, "code": code_digest()}
 
 
-def gpu(index: int | None) -> dict[str, str]:
+def gpu_facts(gpu: int | None) -> dict[str, str]:
     """Return name, architecture and driver of a GPU."""
-    number = torch.cuda.current_device() if index is None else index
+    number = torch.cuda.current_device() if gpu is None else gpu
     return {"gpu": torch.cuda.get_device_name(number), "arch": architecture(number), "driver": driver()}
 
 
@@ -246,5 +306,6 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     files = sorted(file for suffix in ("*.py", "*.so") for file in package.rglob(suffix))
     for file in [*files, *sorted(cache.folder().glob("*_tuned.json"))]:
-        digest.update(file.name.encode() + file.read_bytes())
+        with contextlib.suppress(OSError):  # a table that another user alone may read chooses nothing here
+            digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]

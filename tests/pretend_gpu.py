@@ -24,6 +24,7 @@ NAME, PACKAGE = "pretend", "pretend_op"
 ON_GPU = Problem("cuda", torch.float32, None, "sm_90", 0)
 MACHINE = {"gpu": "Pretend", "arch": "sm_90", "driver": "1.0"}
 TITLE = "pretend fast float32 - deterministic"
+WORDS = "pretend fast (float32, deterministic backward)"
 
 
 class PretendExample(Example):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lumos import cli
-from lumos_kernels import battery, check, dispatch, env, library, self_check
+from lumos_kernels import battery, cache, check, dispatch, env, library, self_check
 from lumos_kernels.masked_sample import native as sample_native
 from lumos_kernels.masked_sample.contract import Outputs
 from lumos_kernels.mm_rope import native as rope_native
@@ -12,6 +12,14 @@ from lumos_kernels.mm_rope.contract import Gradients
 from lumos_kernels.tube_masked_loss import reference as loss_reference
 
 native = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("LUMOS_CACHE_DIR", str(tmp_path))
+    self_check.file_name.cache_clear()
+    yield
+    self_check.file_name.cache_clear()
 
 
 def rows(output):
@@ -88,16 +96,25 @@ def test_nothing_to_run_is_status_2_with_the_reason(capsys, monkeypatch):
     assert "nothing could be examined" in captured.err
 
 
-def test_on_a_gpu_the_verdicts_are_kept(monkeypatch, tmp_path):
+def test_on_a_gpu_the_verdicts_are_kept(monkeypatch):
     """The CPU's device stands for a GPU, as far as the command is concerned."""
-    monkeypatch.setenv("LUMOS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(self_check, "machine", lambda gpu: {"gpu": "Pretend"})
     monkeypatch.setattr(check, "is_gpu", lambda device: True)
     op = dispatch.ops()["mm_rope"]
     subject = battery.Subject(op, "reference", torch.float32, 32, "deterministic", torch.device("cpu"))
     finding = check.run(subject, thorough=False)
     assert finding.passed
-    self_check._verdicts.clear()
+
+    def no_compiler(*_, **__):
+        raise RuntimeError("Failed to find C compiler")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(battery, "examine", no_compiler)
+        assert check.run(subject._replace(impl="native"), thorough=False).failures == [
+            "RuntimeError: Failed to find C compiler"
+        ]
+    assert list(cache.read(self_check.file_name(None))["verdicts"]) == ["mm_rope reference float32 32 deterministic"]
+    monkeypatch.setattr(self_check, "_process", self_check._Process())
     assert self_check.stored(op, "reference", dispatch.Problem("cpu", torch.float32, 32)) == self_check.Verdict(True)
 
 
@@ -123,10 +140,9 @@ def test_the_commands_of_lumos(capsys, monkeypatch, one_thread):
         assert name in output
 
 
-def test_env_prints_the_verdicts_of_each_gpu(monkeypatch, tmp_path):
-    monkeypatch.setenv("LUMOS_CACHE_DIR", str(tmp_path))
+def test_env_prints_the_verdicts_of_each_gpu(monkeypatch):
     monkeypatch.setattr(self_check, "machine", lambda gpu: {"gpu": f"Pretend {gpu}"})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    self_check.keep(self_check.file_name(1), 1, {"mm_rope triton": self_check.Verdict(False, "dq is wrong")})
+    self_check.keep(1, {"mm_rope triton": self_check.Verdict(False, "dq is wrong")})
     [line] = env.verdicts()
     assert line.startswith("GPU 1: mm_rope triton: FAILED: dq is wrong (20")

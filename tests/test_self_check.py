@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pretend_gpu
 import pytest
 import torch
-from pretend_gpu import ON_GPU, TITLE
+from pretend_gpu import ON_GPU, TITLE, WORDS
 
 from lumos_kernels import battery, cache, dispatch, examples, self_check
 from lumos_kernels.dispatch import Problem
@@ -39,7 +39,8 @@ class Pretend:
 
     def forget(self):
         """Forgets what a process remembers: the next choice is that of a new process."""
-        self_check._verdicts.clear()
+        self.monkeypatch.setattr(self_check, "_process", self_check._Process())
+        self_check.file_name.cache_clear()
         dispatch._choose.cache_clear()
 
     def kept(self):
@@ -123,8 +124,10 @@ def test_a_wrong_implementation_is_named_once_with_its_error(pretend, caplog, fo
     for _ in range(2):
         assert pretend.choose() == "reference"
         dispatch._choose.cache_clear()
-    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning.startswith(f'{TITLE} failed its self-check, and "auto" does not take it: {error}')
+    announced, warning = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert announced.startswith(f"{WORDS} is compared with its reference, once on this machine")
+    assert warning.startswith(f"{WORDS} failed its self-check: {error}")
+    assert warning.endswith("`python -m lumos_kernels.check --op pretend --impl fast --dtype float32` shows more")
     assert error in pretend.kept()[TITLE]["error"]
     pretend.forget()
     assert pretend.choose() == "reference"
@@ -148,16 +151,31 @@ def test_an_error_of_the_implementation_counts_for_the_process_alone(pretend, ca
     assert pretend.choose() == "fast"
 
 
-def test_out_of_memory_is_no_verdict(pretend):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=str,
+)
+def test_out_of_memory_is_no_verdict(pretend, monkeypatch, error):
     def exhausted(x):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
+    clock = [0.0]
+    monkeypatch.setattr(self_check, "monotonic", lambda: clock[0])
     pretend.fast(exhausted)
-    assert pretend.choose() == "reference"
-    assert pretend.choose() == "reference"
-    assert pretend.checks == 2
+    for now, checks in ((0.0, 1), (59.0, 1), (61.0, 2), (180.0, 2), (182.0, 3)):
+        clock[0] = now
+        assert pretend.choose() == "reference"
+        assert pretend.checks == checks
     assert pretend.kept() == {}
     pretend.fast(pretend_gpu.square)
+    clock[0] = 1000.0
     assert pretend.choose() == "fast"
 
 
@@ -179,7 +197,7 @@ def test_a_lost_device_is_an_error_now_and_a_verdict_later(pretend, monkeypatch)
 
     pretend.fast(illegal)
     monkeypatch.setattr(self_check, "device_is_lost", lambda device: True)
-    with pytest.raises(RuntimeError, match=r"ended the GPU context in its self-check .*illegal memory access"):
+    with pytest.raises(RuntimeError, match=r"a CUDA error stopped .*illegal memory access"):
         pretend.choose()
     pretend.forget()
     assert pretend.choose() == "reference"
@@ -236,8 +254,8 @@ def test_another_machine_or_version_has_verdicts_of_its_own(pretend, monkeypatch
     for changed in ("gpu", "driver", "torch", "code"):
         facts = {**pretend_gpu.MACHINE, changed: "other"}
         monkeypatch.setattr(self_check, "machine", lambda gpu, facts=facts: facts)
-        names.add(self_check.file_name(0))
         pretend.forget()
+        names.add(self_check.file_name(0))
         assert pretend.choose() == "fast"
     assert len(names) == 5
     assert pretend.checks == 5
@@ -279,7 +297,9 @@ def test_the_users_settings_neither_matter_nor_change(pretend):
 
 def test_where_nothing_can_be_run_the_stored_verdict_counts(pretend, monkeypatch):
     monkeypatch.setattr(self_check, "_is_recorded", lambda problem: True)
-    with pytest.raises(self_check.NoVerdictError, match=r"`python -m lumos_kernels.check --op pretend --impl fast`"):
+    with pytest.raises(
+        self_check.NoVerdictError, match=r"`python -m lumos_kernels.check --op pretend --impl fast --dtype float32`"
+    ):
         pretend.choose()
     monkeypatch.setattr(self_check, "_is_recorded", lambda problem: False)
     assert pretend.choose() == "fast"
@@ -314,6 +334,11 @@ def test_self_check_0_trusts(pretend, monkeypatch):
     monkeypatch.setenv("LUMOS_SELF_CHECK", "0")
     assert pretend.choose() == "fast"
     assert pretend.checks == 0
+    monkeypatch.delenv("LUMOS_SELF_CHECK")
+    assert pretend.choose() == "reference"
+    monkeypatch.setenv("LUMOS_SELF_CHECK", "off")
+    with pytest.raises(ValueError, match=r"LUMOS_SELF_CHECK must be 0 .* or 1; got 'off'"):
+        pretend.choose()
 
 
 def test_the_table_tells_the_verdict(pretend):
@@ -322,7 +347,7 @@ def test_the_table_tells_the_verdict(pretend):
         assert problem_row[1] == ("auto", "")
         return problem_row[0]
 
-    assert row() == ("auto", "if it passes its self-check, which its first use makes")
+    assert row() == ("auto", "checked against the reference at first use")
     pretend.choose()
     assert row() == ("auto", "passed its self-check")
     pretend.forget()
@@ -370,3 +395,55 @@ def test_rocm_is_told_by_its_architecture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(gcnArchName="gfx942:sramecc+"))
     assert dispatch.architecture(0) == "gfx942"
     dispatch.architecture.cache_clear()
+
+
+def test_every_kind_of_backward_gets_a_verdict_later_too(pretend, monkeypatch):
+    """The check of the second kind runs out of memory first. The verdict on the first one does not hide that."""
+    monkeypatch.setattr(
+        sys.modules["pretend_op.examples"], "KINDS", {"fast": ("deterministic", "fused")}, raising=False
+    )
+    examine, exhausted = battery.examine, True
+
+    def short_of_memory(subject, **options):
+        if subject.kind == "fused" and exhausted:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return examine(subject, **options)
+
+    monkeypatch.setattr(battery, "examine", short_of_memory)
+    assert pretend.choose() == "fast"
+    assert not self_check.allows(pretend.op, "fast", ON_GPU, "fused")
+    pretend.forget()
+    exhausted = False
+    assert pretend.choose() == "fast"
+    assert self_check.allows(pretend.op, "fast", ON_GPU, "fused")
+
+
+def test_an_error_that_the_caller_had_queued_is_the_callers(pretend, monkeypatch):
+    """What was queued before the check is waited for, outside of the lock, and its error is passed on as it is."""
+
+    def synchronize():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda gpu: SimpleNamespace(synchronize=synchronize))
+    with pytest.raises(RuntimeError, match=r"^CUDA error: device-side assert triggered$"):
+        pretend.choose()
+    assert pretend.checks == 0
+    assert pretend.kept() == {}
+
+
+def test_the_compilers_settings_are_part_of_the_machine(monkeypatch):
+    monkeypatch.setattr(self_check, "gpu_facts", lambda gpu: {"gpu": "Pretend"})
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET" not in self_check.machine(0)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert self_check.machine(0)["TRITON_INTERPRET"] == "1"
+
+
+def test_auto_never_takes_what_runs_on_request_alone(pretend, monkeypatch):
+    op = dispatch.register("pretend", "pretend_op", pretend.op.implementations, {"fast": "it drops a gradient"})
+    assert op.choose("auto", ON_GPU).__name__ == "pretend_op.reference"
+    assert op.choose("fast", ON_GPU).__name__ == "pretend_op.fast"
+    assert dispatch._standing(op, "fast", ON_GPU) == ("ready", "it drops a gradient")
+    assert pretend.checks == 0

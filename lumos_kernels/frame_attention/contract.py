@@ -100,6 +100,7 @@ OP: dispatch.Op[Implementation] = dispatch.register(
     "frame_attention",
     __package__,
     {"triton": _runs_triton, "native": _runs_native, "flash": _runs_flash, "reference": dispatch.runs_anywhere},
+    on_request={"flash": 'passes no gradient through lse, so it runs only when asked for: impl="flash"'},
 )
 
 # Implementations that are SelfDifferentiating. Under autograd of our own they would run their forward twice.
