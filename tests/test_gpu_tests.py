@@ -129,13 +129,7 @@ FAULTS = [  # reference module, function, fault, file, test
     (attention, "forward", _leak, "test_values", "test_later_frames_and_other_documents_do_not_matter"),
     (attention, "backward", _leak_backward, "test_values", "test_later_frames_and_other_documents_do_not_matter"),
     (attention, "forward", _scaled, "test_values", "test_attention_is_as_close_to_fp64_as_sdpa"),
-    (
-        attention,
-        "backward",
-        _leak_backward,
-        "test_contracts",
-        "test_the_fast_backward_is_as_close_as_the_deterministic_one",
-    ),
+    (attention, "backward", _leak_backward, "test_values", "test_the_fused_backward_is_as_close_to_fp64_as_sdpa"),
     (attention, "forward", _keyless, "test_values", "test_rows_without_keys_give_zero"),
     (rope, "forward", _mixed_tokens, "test_values", "test_a_token_is_rotated_by_itself_alone"),
     (rope, "forward", _turned, "test_values", "test_rope_is_as_close_to_fp64_as_eager_code"),
@@ -164,7 +158,8 @@ def call(module, test, op):
     ("module", "function", "fault", "file", "test"),
     FAULTS,
     ids=[
-        f"{OP_OF[module]}{fault.__name__}" + ("-fast" if "fast" in test else "") for module, _, fault, _, test in FAULTS
+        f"{OP_OF[module]}{fault.__name__}" + ("-fused" if "fused" in test else "")
+        for module, _, fault, _, test in FAULTS
     ],
 )
 def test_a_fault_is_caught(module, function, fault, file, test, load, monkeypatch):
