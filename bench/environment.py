@@ -25,6 +25,8 @@ PACKAGES = (
     "liger-kernel",
     "cut-cross-entropy",
     "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "nvidia-cudnn-frontend",
 )
 
 

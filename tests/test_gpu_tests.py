@@ -177,33 +177,6 @@ def _pytest(*arguments, **settings):
     return subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
 
 
-def test_the_outcome_of_every_test_is_on_file_and_done_ones_are_left_out(tmp_path):
-    outcomes, done = tmp_path / "outcomes", tmp_path / "done"
-    selection = "-k", "left_alone or past_int32"
-    run = _pytest(*selection, device="cpu", ops=["mm_rope"], outcomes=str(outcomes))
-    assert run.returncode == 0, run.stdout + run.stderr
-    lines = [json.loads(line) for line in outcomes.read_text().splitlines()]
-    started = [line["test"] for line in lines if line.get("outcome") == "started"]
-    ended = {line["test"]: line["outcome"] for line in lines if line.get("outcome") in ("passed", "failed", "skipped")}
-    assert set(started) == set(ended)
-    assert {line["pair"][0] for line in lines if line.get("pair")} == {"mm_rope"}
-    assert sorted(set(ended.values())) == ["passed", "skipped"]
-
-    done.write_text("\n".join(started[:1]))
-    outcomes.unlink()
-    _pytest(*selection, device="cpu", ops=["mm_rope"], outcomes=str(outcomes), done=str(done))
-    again = [json.loads(line) for line in outcomes.read_text().splitlines()]
-    assert [line["test"] for line in again if line.get("outcome") == "started"] == started[1:]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: they run on it")
-def test_they_are_collected_and_deselected_without_a_gpu():
-    run = _pytest("--collect-only")
-    assert "no tests collected" in run.stdout, run.stdout + run.stderr
-    assert "deselected" in run.stdout
-    assert "error" not in run.stdout
-
-
 @pytest.mark.slow
 def test_they_pass_on_the_cpu_implementations():
     run = _pytest(device="cpu")

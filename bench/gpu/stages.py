@@ -1,0 +1,77 @@
+"""The items of every process of the two calls, in order of value, and the seconds each is planned for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from bench.gpu import compile_ahead, correctness, generation, machine, ops, profiles, tests, tuner, whole_model
+from bench.gpu.worker import Item
+
+NCU_CASES = (
+    "frame_attention/1B-256p-7f/bf16/forward",
+    "frame_attention/1B-256p-7f/bf16/forward+backward",
+)
+CASE_SECONDS = 6.0
+# Rivals that compile for longer than the others, or meet larger shapes.
+JIT_WEIGHTS = {"flex_attention": 2.5, "flash-attn-4 per frame": 1.5, "cudnn.flex_attention": 1.5, "QuACK": 1.5}
+
+
+def prepare(dry_run: bool) -> list[Item]:
+    """Return the items before anything of ours is measured: the kernels are compiled, compared with fp64 and tuned."""
+    return [
+        Item("compile ahead", 1, compile_ahead.start),  # before CUDA is initialised: its processes are forked
+        Item("machine", 5, machine.describe),
+        Item("ceilings", 7, machine.ceilings),
+        Item("compiled", 22, compile_ahead.finish),
+        Item("correctness", 38, correctness.find),
+        Item("tune", 50, tuner.find),
+    ]
+
+
+def measure(dry_run: bool) -> list[Item]:
+    """Return the items that measure what was tuned: cases, steps, where a step's time goes."""
+    keys = ops.SMOKE_CASES if dry_run else ops.CASES
+    return [
+        *(Item(f"case {key}", CASE_SECONDS, ops.case_finder(key)) for key in keys),
+        Item("step, larger", 16, whole_model.step_finder(-1)),
+        Item("step, smaller", 10, whole_model.step_finder(0)),
+        Item("losses", 6, whole_model.losses),
+        Item("kernels of a step", 8, whole_model.kernel_table),
+        *(Item(f"ncu {key}", 20, profiles.finder(key)) for key in (ops.SMOKE_CASES[:1] if dry_run else NCU_CASES)),
+        Item("launches", 6, whole_model.launches),
+    ]
+
+
+def prove(dry_run: bool) -> list[Item]:
+    """Return the items that prove the kernels right."""
+    return [
+        Item("machine", 5, machine.describe),
+        Item("tests", 98, tests.find),
+        Item("sanitizer", 20, tests.sanitizer),
+    ]
+
+
+def compare(dry_run: bool) -> list[Item]:
+    """Return the items that need the rivals' libraries, then generation and the steps that take long."""
+    pairs = ops.SMOKE_JIT if dry_run else ops.jit_pairs("cuda", ops.JIT_CASES)
+    weights = [JIT_WEIGHTS.get(rival, 1.0) for _, rival in pairs]
+    shares = [ops.JIT_SECONDS * weight / sum(weights) for weight in weights]
+    return [
+        *(
+            Item(f"jit {key}: {rival}", share, ops.jit_finder(key, rival))
+            for (key, rival), share in zip(pairs, shares, strict=True)
+        ),
+        Item("generation", 12, generation.eager),
+        Item("graphs", 18, generation.graphs),
+        Item("official step", 14, whole_model.official_step),
+        Item("longest", 16, whole_model.longest),
+    ]
+
+
+# The names of suite.CALLS.
+ITEMS: Mapping[str, Callable[[bool], list[Item]]] = {
+    "prepare": prepare,
+    "measure": measure,
+    "prove": prove,
+    "compare": compare,
+}
