@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--call", type=int, choices=sorted(suite.CALLS), required=True)
     result.add_argument("--seconds", type=float, default=suite.SECONDS, help="for the whole call")
     result.add_argument("--out", type=Path, required=True, help="folder of the results")
-    result.add_argument("--with", dest="before", type=Path, help="folder of the other call's results, of the same code")
+    result.add_argument(
+        "--with", "--before", dest="before", type=Path, help="folder of the other call's results, of the same code"
+    )
     result.add_argument(
         "--rivals-site", type=Path, help="folder of the rivals' libraries, for the process that needs them"
     )

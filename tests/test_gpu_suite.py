@@ -145,9 +145,9 @@ def test_shares_shrink_to_the_time_and_grow_by_what_is_left_over(run_items):
         limits[run.running["name"]] = run.left()
 
     run_items({"a": (60, note), "b": (30, note), "c": (10, note)}, seconds=10)
-    assert limits["a"] == pytest.approx(6, abs=0.2)
-    assert limits["b"] == pytest.approx(9, abs=0.2), "its own 3 and the 6 that a left over"
-    assert limits["c"] == pytest.approx(10, abs=0.2)
+    assert limits["a"] == pytest.approx(6, abs=1)
+    assert limits["b"] == pytest.approx(9, abs=1), "its own 3 and the 6 that a left over"
+    assert limits["c"] == pytest.approx(10, abs=1)
     _, found = run_items({"a": (1, note)}, seconds=0)
     assert found["items"]["a"]["status"] == "not started"
 
@@ -658,7 +658,7 @@ def test_the_models_gates_read_the_figures():
         "longest": {"tokens": 90116, "step": {"failed": "out of memory"}},
         "kernels of a step": {"host_syncs": {"count": 0}},
         "launches": {"forward_per_layer": 16.0},
-        "generation": {"frames": [1.6]},
+        "generation": {"frames": [1.9, 1.7, 1.6]},
     }
     items = {name: {"status": "ok", "data": data} for name, data in found.items()}
     judged = gates.evaluate({"calls": {"1": {"items": items}}})
@@ -680,8 +680,8 @@ def test_the_call_must_be_named(tmp_path, capsys):
 def test_a_dry_run_of_both_calls(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     one, two = tmp_path / "1", tmp_path / "2"
-    assert gpu_suite.main(["--call", "1", "--dry-run", "--out", str(one), "--seconds", "100"]) == 0
-    assert gpu_suite.main(["--call", "2", "--dry-run", "--out", str(two), "--with", str(one), "--seconds", "100"]) == 0
+    assert gpu_suite.main(["--call", "1", "--dry-run", "--out", str(one)]) == 0
+    assert gpu_suite.main(["--call", "2", "--dry-run", "--out", str(two), "--with", str(one)]) == 0
     result = read_json(two / "suite.json")
     for call in ("1", "2"):
         wanted = [item.name for stage in suite.CALLS[int(call)] for item in stages.ITEMS[stage.name](True)]
@@ -697,7 +697,7 @@ def test_a_dry_run_of_both_calls(tmp_path, capsys, monkeypatch):
     assert results.data(result, "step, larger")["ours"]["seconds"] > 0
     assert results.data(result, "losses")["losses"]["agree"]
     assert results.data(result, "longest")["phases"].keys() == {"forward", "backward", "optimizer"}
-    assert len(results.data(result, "graphs")["frames"]) == 3
+    assert results.data(result, "graphs")["frames_equal"] == [True] * 3
     tested = results.data(result, "tests")
     assert {test["outcome"] for test in tested["tests"]} == {"passed", "skipped"}
     assert tested["incomplete"] == []

@@ -168,9 +168,14 @@ class Compilation:
     def finish(self, seconds: float) -> dict[str, Any]:
         """Return what was compiled within the time. What was not is left to whoever launches it."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not all(future.done() for future in self.futures):
-            time.sleep(0.1)
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            while time.monotonic() < end and not all(future.done() for future in self.futures):
+                time.sleep(0.1)
+        finally:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            if not all(future.done() for future in self.futures):
+                for process in multiprocessing.active_children():  # or this process would wait for them at its end
+                    process.kill()
         done = [f.result() for f in self.futures if f.done() and not f.cancelled() and f.exception() is None]
         return {
             "subjects": len(self.futures),

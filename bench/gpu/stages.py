@@ -8,23 +8,31 @@ from bench.gpu import compile_ahead, correctness, generation, machine, ops, prof
 from bench.gpu.worker import Item
 
 NCU_CASES = (
-    "frame_attention/1B-256p-7f/bf16/forward",
     "frame_attention/1B-256p-7f/bf16/forward+backward",
+    "frame_attention/3B-256p-7f/bf16/forward+backward",
 )
 CASE_SECONDS = 6.0
-# Rivals that compile for longer than the others, or meet larger shapes.
-JIT_WEIGHTS = {"flex_attention": 2.5, "flash-attn-4 per frame": 1.5, "cudnn.flex_attention": 1.5, "QuACK": 1.5}
+# Of the time for JIT rivals. Those that are not named get what these leave over, as do all where one is not installed.
+JIT_WEIGHTS = {
+    "flex_attention": 5.0,
+    "flash-attn-4 per frame": 2.5,
+    "cudnn.flex_attention": 2.5,
+    "QuACK": 3.0,
+    "Liger": 2.0,
+    "Liger chain": 1.5,
+}
+OTHER_WEIGHT = 0.2
 
 
 def prepare(dry_run: bool) -> list[Item]:
     """Return the items before anything of ours is measured: the kernels are compiled, compared with fp64 and tuned."""
     return [
-        Item("compile ahead", 1, compile_ahead.start),  # before CUDA is initialised: its processes are forked
+        Item("compile ahead", 5, compile_ahead.start),  # before CUDA is initialised: its processes are forked
         Item("machine", 5, machine.describe),
         Item("ceilings", 7, machine.ceilings),
-        Item("compiled", 22, compile_ahead.finish),
-        Item("correctness", 38, correctness.find),
-        Item("tune", 50, tuner.find),
+        Item("compiled", 18, compile_ahead.finish),
+        Item("correctness", 36, correctness.find),
+        Item("tune", 48, tuner.find),
     ]
 
 
@@ -39,14 +47,17 @@ def measure(dry_run: bool) -> list[Item]:
         Item("kernels of a step", 8, whole_model.kernel_table),
         *(Item(f"ncu {key}", 20, profiles.finder(key)) for key in (ops.SMOKE_CASES[:1] if dry_run else NCU_CASES)),
         Item("launches", 6, whole_model.launches),
+        Item("backends", 4, machine.backends),
     ]
 
 
 def prove(dry_run: bool) -> list[Item]:
     """Return the items that prove the kernels right."""
     return [
+        Item("compile ahead", 5, compile_ahead.start),
         Item("machine", 5, machine.describe),
-        Item("tests", 98, tests.find),
+        Item("compiled", 8, compile_ahead.finish),
+        Item("tests", 85, tests.find),
         Item("sanitizer", 20, tests.sanitizer),
     ]
 
@@ -54,7 +65,7 @@ def prove(dry_run: bool) -> list[Item]:
 def compare(dry_run: bool) -> list[Item]:
     """Return the items that need the rivals' libraries, then generation and the steps that take long."""
     pairs = ops.SMOKE_JIT if dry_run else ops.jit_pairs("cuda", ops.JIT_CASES)
-    weights = [JIT_WEIGHTS.get(rival, 1.0) for _, rival in pairs]
+    weights = [JIT_WEIGHTS.get(rival, OTHER_WEIGHT) for _, rival in pairs]
     shares = [ops.JIT_SECONDS * weight / sum(weights) for weight in weights]
     return [
         *(

@@ -178,7 +178,10 @@ def _rest(result: Mapping[str, Any]) -> list[str]:
         found = data(result, name)
         if found.get("frames"):
             seconds = ", ".join(f"{value:.2f}" for value in found["frames"])
-            lines += [f"{name}: seconds of a frame {seconds} ({found.get('result')}).", ""]
+            equal = (
+                f", frames equal to those without graphs: {found['frames_equal']}" if "frames_equal" in found else ""
+            )
+            lines += [f"{name}: seconds of each frame {seconds} ({found.get('result')}){equal}.", ""]
     tuned = data(result, "tune")
     if "status" in tuned:
         lines += [f"Tuner: {tuned['status']}, table {tuned.get('after')}.", ""]
