@@ -10,6 +10,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Byte-compiling the whole of torch would take longer than downloading it.
 PIP := $(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --constraint .ci/constraints.txt
+# The Triton of CUDA builds of torch 2.11. tests/test_triton_compile.py compiles the kernels with it too, where there is
+# a wheel of it for this Python.
+OLDER_TRITON := build/triton-3.6.0
 SOURCES := $(wildcard setup.py CMakeLists.txt csrc/*.cpp csrc/*/*)
 
 # Two processes of one thread each; a file's tests stay together and share its fixtures, in the order of conftest.py.
@@ -17,7 +20,7 @@ TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadscope --n
 
 .PHONY: setup demo test test-all bench gpu-suite sanitize lint clean
 
-setup: $(VENV)/ready
+setup: $(VENV)/ready $(OLDER_TRITON)
 
 $(VENV)/ready: pyproject.toml .ci/constraints.txt $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -26,6 +29,11 @@ $(VENV)/ready: pyproject.toml .ci/constraints.txt $(SOURCES)
 	$(PIP) setuptools pybind11 ninja
 	$(PIP) --no-build-isolation --editable '.[test,demo,dev]'
 	touch $@
+
+$(OLDER_TRITON): | $(VENV)/ready
+	rm -rf $@.partial
+	-$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --target $@.partial \
+		triton==3.6.0 && mv $@.partial $@
 
 demo: setup
 	$(RUN) -m bench.demo --out demo

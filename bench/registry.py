@@ -77,6 +77,9 @@ class Contestant:
     available: whether it runs the case on this device type.
     memory: bytes it needs beyond the inputs, where that may exceed the machine's.
     requires: modules it imports; one that is not installed makes it a missing row.
+    refusal: why its library cannot run on this machine although it is installed (another version, another
+        architecture); None where it can. That makes it a missing row too.
+    jit: compiles at its first call, which takes seconds. The GPU suite runs these rivals last, at gate shapes only.
     slack: how many times the error limit it may reach. 1 for ours; other libraries round where we do not (gradients
         summed in bf16, say): they get a figure, and their error stands beside it.
     """
@@ -89,12 +92,14 @@ class Contestant:
     memory: Callable[[Case], int] = lambda case: 0
     work: Callable[[Case], Work] | None = None
     requires: tuple[str, ...] = ()
+    refusal: Callable[[], str | None] = lambda: None
+    jit: bool = False
     slack: float = 1.0
 
     def missing(self) -> str | None:
-        """Why it cannot be imported here; None where it can."""
+        """Return why it cannot run on this machine: a module that is absent, or its refusal. None where it can."""
         absent = [module for module in self.requires if not installed(module)]
-        return f"not installed: {', '.join(absent)}" if absent else None
+        return f"not installed: {', '.join(absent)}" if absent else self.refusal()
 
 
 def installed(module: str) -> bool:
@@ -137,7 +142,7 @@ class OpBench:
         return ours + [rival for rival in self._able(case, device) if rival.missing() is None]
 
     def missing(self, case: Case, device: str) -> dict[str, str]:
-        """Rivals that could run the case on the device if they were installed, and what they lack."""
+        """Return the rivals of the case that cannot run on this machine, and why each of them cannot."""
         return {rival.name: reason for rival in self._able(case, device) if (reason := rival.missing())}
 
     def _able(self, case: Case, device: str) -> list[Contestant]:

@@ -1,10 +1,13 @@
 """Rivals of frame_attention that run on a GPU: FlexAttention, cuDNN, flash-attn. Signatures read in torch 2.11 to 2.13,
-flash-attn 2.8 and flash-attn-4 4.0.0b36.
+flash-attn 2.8, flash-attn-4 4.0.0b36 and nvidia-cudnn-frontend 1.32.0.
+
+Those that take [B, T, H, D] get x[None] and give back o.squeeze(0): both are views, backward too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -16,6 +19,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from bench import formulas
 from bench.formulas import Work
 from bench.registry import Case, Inputs
+from lumos_kernels import RowLimits
+
+# cudnn.flex_attention is experimental, so another minor version may have other signatures.
+CUDNN_FRONTEND, CUTLASS_DSL_FROM = (1, 32), (4, 8)
+CUDNN_FLEX_ARCHITECTURES = ((9, 0), (10, 0), (10, 3))
 
 
 def heads_first(x_THD: Tensor) -> Tensor:
@@ -96,27 +104,81 @@ def flash_causal(version: int) -> Callable[[Inputs], tuple[Tensor, ...]]:
     """flash-attn's causal attention over the same tokens: compare rates."""
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
-        return (_flash_attn_func(version)(inputs.q[None], inputs.k[None], inputs.v[None], causal=True)[0],)
+        q, k, v = (x[None] for x in (inputs.q, inputs.k, inputs.v))
+        return (_flash_attn_func(version)(q, k, v, causal=True).squeeze(0),)
 
     return run
 
 
 def flash_per_frame(version: int) -> Callable[[Inputs], tuple[Tensor, ...]]:
-    """flash-attn once a frame: its queries against the keys up to its end. Text goes through causally: flash-attn
-    aligns a causal mask to the last key, as a run of text after frames needs it.
+    """flash-attn once a frame, without a mask: the frame's queries against the keys up to its end, a rectangle. Text
+    goes through causally: flash-attn aligns a causal mask to the last key, as a run of text after frames needs it.
     """
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
         attention = _flash_attn_func(version)
+        rows = [call.rows.stop - call.rows.start for call in inputs.calls]  # the calls cover the rows in order
         parts = [
-            attention(
-                inputs.q[None, call.rows],
-                inputs.k[None, call.keys],
-                inputs.v[None, call.keys],
-                causal=call.mask is not None,
-            )
-            for call in inputs.calls
+            attention(q, inputs.k[None, call.keys], inputs.v[None, call.keys], causal=call.mask is not None)
+            for q, call in zip(inputs.q[None].split(rows, dim=1), inputs.calls, strict=True)
         ]
-        return (torch.cat(parts, dim=1)[0],)
+        return (torch.cat(parts, dim=1).squeeze(0),)
 
     return run
+
+
+def row_intervals(limits: RowLimits) -> Tensor:
+    """Return int32 [1, 1 or 3, Tq], the endpoints F of cudnn.flex_attention's mask for all heads.
+
+    A query sees the keys [0, F0) and [F1, F2). Where every query starts at key 0, as in one document, F0 is the end of
+    its range; otherwise the first interval is empty and the second is the range. Reads the limits: a host sync.
+    """
+    if not limits.kv_start.any():
+        return limits.kv_end[None, None].contiguous()
+    return torch.stack([torch.zeros_like(limits.kv_start), limits.kv_start, limits.kv_end])[None]
+
+
+def cudnn_flex_prepare(inputs: Inputs) -> Inputs:
+    """Return the inputs with cudnn.flex_attention's plan of the mask, made once, as a training loop would keep it."""
+    from cudnn.flex_attention import create_mask_plan
+
+    q, k, v = (x.detach()[None] for x in (inputs.q, inputs.k, inputs.v))  # the plan takes their shapes and dtype
+    plan = create_mask_plan(row_intervals(inputs.limits), q, k, v, build_backward=bool(inputs.leaves))
+    return Inputs({**inputs.args, "mask_plan": plan}, inputs.leaves, inputs.upstream)
+
+
+def cudnn_flex(inputs: Inputs) -> tuple[Tensor, ...]:
+    """cudnn.flex_attention with its mask plan. Its backward is the default one, which sums in no fixed order."""
+    from cudnn.flex_attention import flex_attn_func
+
+    q, k, v = (x[None] for x in (inputs.q, inputs.k, inputs.v))
+    return (flex_attn_func(q, k, v, mask_plan=inputs.mask_plan).squeeze(0),)
+
+
+def cudnn_flex_refusal() -> str | None:
+    """Return why cudnn.flex_attention cannot run on this machine; None where it can.
+
+    It is written in CuTe DSL and calls no cuDNN library, so the version of torch's cuDNN does not matter.
+    """
+    frontend, dsl = (_release(name) for name in ("nvidia-cudnn-frontend", "nvidia-cutlass-dsl"))
+    if frontend != CUDNN_FRONTEND:
+        return f"nvidia-cudnn-frontend is {_text(frontend)}, the calls are those of {_text(CUDNN_FRONTEND)}"
+    if dsl is None or dsl < CUTLASS_DSL_FROM:
+        return f"nvidia-cutlass-dsl is {_text(dsl)}, it needs {_text(CUTLASS_DSL_FROM)} or later"
+    wanted = "it runs on SM90, SM100 and SM103"
+    if not torch.cuda.is_available():
+        return f"there is no GPU, {wanted}"
+    major, minor = torch.cuda.get_device_capability()
+    return None if (major, minor) in CUDNN_FLEX_ARCHITECTURES else f"the GPU is SM{major}{minor}, {wanted}"
+
+
+def _release(package: str) -> tuple[int, ...] | None:
+    """Return the major and minor version of an installed package; None where its metadata is absent."""
+    try:
+        return tuple(int(part) for part in metadata.version(package).split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _text(release: tuple[int, ...] | None) -> str:
+    return "not installed" if release is None else ".".join(map(str, release))

@@ -1,4 +1,4 @@
-"""The `lumos` command: tokenize clips, convert samples, train, generate, list the kernels' implementations."""
+"""The `lumos` command: tokenize clips, convert samples, train, generate, list and check the kernels."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from lumos.cli_data import add_data
 from lumos.cli_generate import add_generate
 from lumos.cli_train import add_export, add_train
 from lumos.train.signals import EXIT_STOPPED, StoppedError
+from lumos_kernels import check, env
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0, or 2 after printing what is wrong with the arguments or their files.
+    """Runs one subcommand. Returns its status, or 2 after printing what is wrong with the arguments or their files.
 
     75 (EX_TEMPFAIL) where SIGTERM or SIGINT stopped a training run: the same command goes on from its checkpoint.
     """
     options = vars(_parser().parse_args(arguments))
     run = options.pop("run")
     try:
-        run(**options)
+        return run(**options) or 0
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"lumos: {error}", file=sys.stderr)
         return 2
     except StoppedError as stopped:
         print(f"lumos: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
-    return 0
+
+
+def _check(ops: Sequence[str] | None, impls: Sequence[str] | None, quick: bool) -> int:
+    return check.check(ops or check.checkable(), impls or (), quick)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("backends", help="list the kernels' implementations and what runs here")
     command.set_defaults(run=lumos_kernels.backends)
+
+    command = commands.add_parser("check", help="compare the kernels with their references on this machine")
+    check.add_arguments(command)
+    command.set_defaults(run=_check)
+
+    command = commands.add_parser("env", help="print versions, CPU, GPU, implementations and self-checks")
+    command.set_defaults(run=env.env)
     return parser
 
 

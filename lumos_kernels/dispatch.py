@@ -2,7 +2,8 @@
 
 An op's contract.py registers the implementations in the order in which "auto" prefers them, each with one predicate.
 The predicate gets a Problem and returns None, or the reason why the implementation refuses. Dispatch, the tests,
-`backends()` and the docs all ask that predicate.
+`backends()` and the docs all ask that predicate. On a GPU "auto" takes the first implementation that runs the problem
+and has passed its self-check on this very machine (self_check.py).
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from .errors import dtype_name
 
 logger = logging.getLogger("lumos_kernels")
 
-# (op, implementation) -> {architecture: file under bench/results/}. "auto" may choose the implementation on that
-# architecture: the file shows that its tests passed and its gates were reached on that very code. `python -m
-# bench.gpu.proof` prints the entries, and a test refuses an entry that its file does not prove.
+# (op, implementation) -> {architecture: file under bench/results/}. The docs may say that the implementation is right
+# and fast on that architecture: the file shows that its tests passed and its gates were reached on that very code.
+# `python -m bench.gpu.proof` prints the entries, and a test refuses an entry that its file does not prove. Nothing here
+# decides what runs.
 PROVEN: Mapping[tuple[str, str], Mapping[str, str]] = {}
 
 
@@ -36,16 +38,25 @@ class Problem(NamedTuple):
     device: str  # "cpu", "cuda", ...
     dtype: torch.dtype
     head_dim: int | None = None
-    arch: str | None = None  # "sm_90" on CUDA
+    arch: str | None = None  # of the GPU: "sm_90", with ROCm "gfx942"
+    gpu: int | None = None  # number of the GPU
 
     @classmethod
     def of(cls, tensor: Tensor, head_dim: int | None = None) -> Problem:
         """Return the problem of a call whose first tensor this is."""
-        arch = None
-        if tensor.is_cuda:
-            major, minor = torch.cuda.get_device_capability(tensor.device)
-            arch = f"sm_{major}{minor}"
-        return cls(tensor.device.type, tensor.dtype, head_dim, arch)
+        if not tensor.is_cuda:
+            return cls(tensor.device.type, tensor.dtype, head_dim)
+        return cls("cuda", tensor.dtype, head_dim, architecture(tensor.device.index), tensor.device.index)
+
+
+@functools.cache
+def architecture(gpu: int) -> str:
+    """Return the architecture of a GPU: "sm_90", or "gfx942" with ROCm, whose GPUs torch calls "cuda" too."""
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(gpu).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return f"sm_{major}{minor}"
 
 
 Predicate = Callable[[Problem], str | None]
@@ -69,18 +80,25 @@ class Op(Generic[Implementation]):
 
         Callers look up `forward` and `backward` in the module at each call, so that a test can replace them.
         """
-        return cast(Implementation, _choose(self.name, impl, _override(self.name) if impl == "auto" else None, problem))
+        try:
+            module = _choose(self.name, impl, _override(self.name) if impl == "auto" else None, problem)
+        except _UndecidedError as undecided:
+            module = undecided.module
+        return cast(Implementation, module)
 
-    def refusal(self, impl: str, problem: Problem, automatic: bool = False) -> str | None:
-        """Return why `impl` does not run the problem, None where it does. automatic: "auto" is asking."""
+    def refusal(self, impl: str, problem: Problem) -> str | None:
+        """Return why `impl` does not run the problem, None where it does."""
         if impl not in self.implementations:
             return f"{self.name} has no such implementation; there are {', '.join(self.implementations)}"
-        reason = self.implementations[impl](problem)
-        if reason is not None or not automatic or problem.device != "cuda" or impl == "reference":
-            return reason
-        if problem.arch in PROVEN.get((self.name, impl), ()):
-            return None
-        return f"not yet proven on {problem.arch} by a committed benchmark result (impl={impl!r} runs it)"
+        return self.implementations[impl](problem)
+
+
+class _UndecidedError(Exception):
+    """A better implementation could not be checked now, so this choice is for one call."""
+
+    def __init__(self, module: object) -> None:
+        super().__init__()
+        self.module = module
 
 
 _OPS: dict[str, Op[Any]] = {}
@@ -115,13 +133,29 @@ def _choose(name: str, impl: str, override: str | None, problem: Problem) -> obj
             raise ValueError(f"{name}: {source} cannot run here: {reason}")
         return importlib.import_module(f"{op.package}.{wanted}")
     refused: list[str] = []
+    undecided = False
     for candidate in op.implementations:
-        reason = op.refusal(candidate, problem, automatic=True)
+        reason = op.refusal(candidate, problem)
+        if reason is None and needs_self_check(candidate, problem):
+            from . import self_check
+
+            verdict = self_check.verdict(op, candidate, problem)
+            undecided |= verdict is None
+            if verdict is None or not verdict.passed:
+                reason = f"failed its self-check: {verdict.error}" if verdict else "could not be checked"
         if reason is None:
+            module = importlib.import_module(f"{op.package}.{candidate}")
+            if undecided:
+                raise _UndecidedError(module)
             _log_choice(name, candidate, problem.device, "; ".join(refused))
-            return importlib.import_module(f"{op.package}.{candidate}")
+            return module
         refused.append(f"{candidate}: {reason}")
     raise ValueError(f"{name}: no implementation runs {problem}: {'; '.join(refused)}")
+
+
+def needs_self_check(impl: str, problem: Problem) -> bool:
+    """Return whether "auto" takes the implementation only after it has passed its self-check."""
+    return problem.device == "cuda" and impl != "reference" and os.environ.get("LUMOS_SELF_CHECK") != "0"
 
 
 @functools.cache
@@ -168,7 +202,18 @@ def runs_triton(problem: Problem) -> str | None:
         return "triton is not installed"
     if problem.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"runs CUDA tensors, not {problem.device}"
-    return _refuses_dtype(problem)
+    return refuses_architecture(problem) or _refuses_dtype(problem)
+
+
+def refuses_architecture(problem: Problem) -> str | None:
+    """Return why GPU code for NVIDIA's compute capability 8.0 and newer does not run on the problem's device."""
+    if problem.arch is None:
+        return None
+    if not problem.arch.startswith("sm_"):
+        return f"runs NVIDIA GPUs, not {problem.arch} under ROCm"
+    if int(problem.arch.removeprefix("sm_")) < 80:
+        return f"needs compute capability 8.0 or newer, and this GPU is {problem.arch}"
+    return None
 
 
 def _refuses_dtype(problem: Problem) -> str | None:
@@ -188,7 +233,7 @@ class Row:
     op: str
     impl: str
     device: str
-    status: str  # "auto" (what "auto" runs), "ready" (on request) or "-"
+    status: str  # "auto" (taken by "auto"), "ready" (runs on request) or "-"
     reason: str
 
 
@@ -202,11 +247,27 @@ def table(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> list[Row]:
         for problem in (Problem.of(tensor, head_dim) for tensor in devices):
             chosen = False
             for impl in op.implementations:
-                able, automatic = op.refusal(impl, problem), op.refusal(impl, problem, automatic=True)
-                status = "-" if able else "ready" if automatic or chosen else "auto"
+                status, reason = _standing(op, impl, problem)
+                if chosen and status == "auto":
+                    status, reason = "ready", ""
                 chosen |= status == "auto"
-                rows.append(Row(op.name, impl, problem.arch or problem.device, status, able or automatic or ""))
+                rows.append(Row(op.name, impl, problem.arch or problem.device, status, reason))
     return rows
+
+
+def _standing(op: Op[Any], impl: str, problem: Problem) -> tuple[str, str]:
+    """Return the status and the reason of a row, as if no better implementation ran."""
+    refusal = op.refusal(impl, problem)
+    if refusal is not None:
+        return "-", refusal
+    if not needs_self_check(impl, problem):
+        return "auto", ""
+    from . import self_check
+
+    verdict = self_check.stored(op, impl, problem)
+    if verdict is None:
+        return "auto", "if it passes its self-check, which its first use makes"
+    return ("auto", "passed its self-check") if verdict.passed else ("ready", f"failed its self-check: {verdict.error}")
 
 
 def backends() -> None:

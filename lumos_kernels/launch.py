@@ -19,10 +19,14 @@ class LaunchConfig:
     num_stages: int | None = None
     max_registers: int | None = None
 
-    def options(self) -> dict[str, int]:
-        """Return the options by the names that a launch takes."""
+    def options(self, *, fp_fusion: bool) -> dict[str, int]:
+        """Return the options by the names that a launch takes.
+
+        fp_fusion: ptxas may contract a product and a sum into an FMA, which rounds once. Every launch says so itself,
+        because Triton's default is True up to 3.9 and False from 3.10 on.
+        """
         given = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
-        return {name: value for name, value in given.items() if value is not None}
+        return {"enable_fp_fusion": fp_fusion, **{name: value for name, value in given.items() if value is not None}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,14 +29,10 @@ def assert_close_to_reference(actual: Tensor, low: Tensor, high: Tensor, name: s
         raise AssertionError(f"{name}: shapes {list(actual.shape)}, {list(low.shape)} and {list(high.shape)} differ")
     if actual.numel() == 0:
         return
-    exact, ours, eager = high.double(), actual.double(), low.double()
-    finite = exact.isfinite()
-    if not torch.equal(ours.where(~finite, 0.0), exact.where(~finite, 0.0)):
+    finite = high.double().isfinite()
+    if not torch.equal(actual.double().where(~finite, 0.0), high.double().where(~finite, 0.0)):
         raise AssertionError(f"{name}: infinities differ from the reference's")
-    ours_error = (ours - exact).where(finite, 0.0).abs()
-    eager_error = (eager - exact).where(finite, 0.0).abs().max()
-    eps = torch.finfo(actual.dtype).eps
-    budget = 2 * eager_error + eps / 2 * exact.where(finite, 0.0).abs()
+    ours_error, eager_error, budget = errors_and_budget(actual, low, high)
     excess = ours_error - budget
     if not (excess <= 0).all():  # a NaN fails too
         worst = int(torch.where(excess.isnan(), torch.inf, excess).argmax())
@@ -46,6 +42,19 @@ def assert_close_to_reference(actual: Tensor, low: Tensor, high: Tensor, name: s
             f"{float(actual[index]):.9g} against {float(high[index]):.9g}, error {float(ours_error[index]):.3e}, "
             f"allowed {float(budget[index]):.3e}; largest eager error {float(eager_error):.3e}"
         )
+
+
+def errors_and_budget(actual: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return |actual - high| and what it may be, element by element, and between them the largest |low - high|.
+
+    Elements at which `high` is infinite count as equal. The arguments are those of assert_close_to_reference.
+    """
+    exact, ours, eager = high.double(), actual.double(), low.double()
+    finite = exact.isfinite()
+    ours_error = (ours - exact).where(finite, 0.0).abs()
+    eager_error = (eager - exact).where(finite, 0.0).abs().max()
+    eps = torch.finfo(actual.dtype).eps
+    return ours_error, eager_error, 2 * eager_error + eps / 2 * exact.where(finite, 0.0).abs()
 
 
 def farthest(draws: Iterable[Tensor], high: Tensor) -> Tensor:

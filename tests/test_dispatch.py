@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lumos_kernels
-from lumos_kernels import dispatch, errors, tensors
+from lumos_kernels import dispatch, errors, self_check, tensors
 from lumos_kernels.dispatch import Problem
 
 CPU = Problem("cpu", torch.float32, 64)
@@ -140,26 +140,18 @@ def test_an_explicit_choice_is_not_logged(op, caplog):
     assert not caplog.records
 
 
-def test_auto_takes_gpu_code_only_where_it_is_proven(op, monkeypatch):
-    assert chosen(op, problem=SM90) == "reference"
+def test_a_committed_result_decides_nothing(op, monkeypatch):
+    """What runs on a GPU is a matter of its self-check (test_self_check.py), what the docs may claim one of PROVEN."""
+    monkeypatch.setattr(self_check, "verdict", lambda *_: self_check.Verdict(False, "wrong"))
+    monkeypatch.setattr(dispatch, "PROVEN", {("pretend", "fast"): {"sm_90": "result.json"}})
+    assert chosen(op, problem=SM90._replace(head_dim=128)) == "reference"
     assert chosen(op, "fast", SM90) == "fast"
-    assert "not yet proven on sm_90" in op.refusal("fast", SM90, automatic=True)
-    assert op.refusal("fast", SM90) is None
-
-    dispatch._choose.cache_clear()
-    monkeypatch.setattr(dispatch, "PROVEN", {("pretend", "fast"): frozenset({"sm_90"})})
-    assert chosen(op, problem=SM90) == "fast"
-    assert chosen(op, problem=Problem("cuda", torch.bfloat16, 64, "sm_80")) == "reference"
-    assert "not yet proven on sm_80" in op.refusal("fast", Problem("cuda", torch.bfloat16, 64, "sm_80"), automatic=True)
 
 
-def test_proof_does_not_overrule_a_refusal(op, monkeypatch):
-    monkeypatch.setattr(dispatch, "PROVEN", {("pretend", "wide"): frozenset({"sm_90"})})
-    assert op.refusal("wide", SM90, automatic=True) == "head_dim 64 is too small"
-
-
-def test_the_cpu_needs_no_proof(op):
-    assert op.refusal("plain", CPU, automatic=True) is None
+def test_the_reference_and_the_cpu_need_no_self_check(op):
+    assert not dispatch.needs_self_check("reference", SM90)
+    assert not dispatch.needs_self_check("plain", CPU)
+    assert dispatch.needs_self_check("fast", SM90)
 
 
 def test_backends_prints_every_op_and_implementation(op, capsys):
@@ -189,7 +181,7 @@ def test_every_op_is_registered_with_a_reference_that_runs_anywhere():
     for name in OPS:
         assert list(dispatch.ops()[name].implementations)[-1] == "reference"
         for problem in (CPU, SM90, Problem("mps", torch.float64)):
-            assert dispatch.ops()[name].refusal("reference", problem, automatic=True) is None
+            assert dispatch.ops()[name].refusal("reference", problem) is None
 
 
 def test_native_refuses_by_dtype_and_device():

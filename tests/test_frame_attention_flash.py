@@ -300,7 +300,7 @@ def test_absence_is_a_reason():
         assert OP.refusal("flash", problem) == "flash-attn is not installed, or does not load with this torch"
     with mock.patch.object(flash, "module", return_value=flash_attn_2([])):
         assert OP.refusal("flash", problem) is None
-        assert "not yet proven" in OP.refusal("flash", problem, automatic=True)
+        assert dispatch.needs_self_check("flash", problem)
     with pytest.raises(ValueError, match="impl='flash' cannot run here: runs CUDA tensors, not cpu"):
         frame_attention(*leaves_of(LIMITS["text"]), LIMITS["text"], impl="flash")
 

@@ -6,9 +6,11 @@ from lumos_kernels.launch import LaunchConfig, RowConfig, equal_chunk
 
 
 def test_options_have_the_names_of_a_launch_and_leave_out_what_is_not_set():
-    assert LaunchConfig(num_warps=4).options() == {"num_warps": 4}
+    assert LaunchConfig(num_warps=4).options(fp_fusion=True) == {"num_warps": 4, "enable_fp_fusion": True}
     full = LaunchConfig(num_warps=8, num_stages=3, max_registers=64)
-    assert full.options() == {"num_warps": 8, "num_stages": 3, "maxnreg": 64}
+    assert full.options(fp_fusion=False) == {
+        "num_warps": 8, "num_stages": 3, "maxnreg": 64, "enable_fp_fusion": False,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("config", [RowConfig(block=2048, num_warps=8), RowConfig(block=16384, num_warps=16)])

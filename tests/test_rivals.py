@@ -1,11 +1,9 @@
-"""The other libraries' wheels travel in folders, and the calls of their functions are glued rightly: stand-ins with
-their signatures, computed by plain torch, give our results.
+"""The calls of other libraries' functions are glued rightly: stand-ins with their signatures, computed by plain torch,
+give our results.
 """
 
-import importlib.util
 import sys
-import zipfile
-from pathlib import Path
+from importlib import metadata
 from types import ModuleType
 
 import pytest
@@ -14,63 +12,7 @@ import torch.nn.functional as F
 
 from bench import measure, registry, rivals_attention, rivals_loss
 from bench.registry import Contestant
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("rivals_tool", ROOT / "tools" / "rivals.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def wheel(folder, name, files):
-    path = folder / f"{name}-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file, content in files.items():
-            archive.writestr(file, content)
-    return path
-
-
-@pytest.fixture
-def wheels(tmp_path):
-    large = bytes(torch.randint(0, 256, (9000,), generator=torch.Generator().manual_seed(0)).tolist())
-    small = wheel(tmp_path, "small", {"small/__init__.py": b"x = 1\n"})
-    return [wheel(tmp_path, "large", {"large/lib.so": large, "large/a/b.py": b"y = 2\n"}), small], large
-
-
-def test_wheels_travel_in_folders_below_the_limit(tool, wheels, tmp_path):
-    paths, large = wheels
-    folders = tool.pack(paths, tmp_path / "out", limit=4000)
-    assert len(folders) > 1
-    assert all(sum(file.stat().st_size for file in folder.iterdir()) <= 4000 for folder in folders)
-    assert (folders[0] / "small-1.0-py3-none-any.whl").exists()
-
-    site = tmp_path / "site"
-    for number, folder in enumerate(folders):  # one call to the machine after the other
-        waiting = tool.unpack([folder], site)
-        assert (site / "small" / "__init__.py").read_text() == "x = 1\n"
-        assert bool(waiting) == (number < len(folders) - 1)
-        assert (site / "large" / "lib.so").exists() != bool(waiting)
-    assert (site / "large" / "lib.so").read_bytes() == large
-    assert (site / "large" / "a" / "b.py").read_bytes() == b"y = 2\n"
-    assert not list((site / ".pieces").iterdir())
-
-
-def test_unpack_prints_the_path_and_what_is_incomplete(tool, wheels, tmp_path, capsys):
-    folders = tool.pack(wheels[0], tmp_path / "out", limit=4000)
-    site = tmp_path / "site"
-    assert tool.main(["unpack", "--site", str(site), str(folders[0])]) == 0
-    printed = capsys.readouterr()
-    packages = site / "site-packages"  # the name counts: QuACK looks for it
-    assert printed.out == f"export PYTHONPATH={packages}:{packages}/nvidia_cutlass_dsl/dsl_packages\n"
-    assert (packages / "small" / "__init__.py").exists()
-    assert "incomplete: large-1.0-py3-none-any.whl: pieces [0] of" in printed.err
-
-
-# The calls
+from lumos_kernels import Frame, RowLimits
 
 
 @pytest.fixture
@@ -143,17 +85,141 @@ def flash_attn_func(q, k, v, causal=False):
 def test_flash_attn(stand_in, version):
     from bench.ops import frame_attention
 
+    shapes = []
+
+    def recorded(q, k, v, causal=False):
+        shapes.append((q.shape[1], k.shape[1], causal))
+        return flash_attn_func(q, k, v, causal)
+
     if version == 4:  # returns (o, lse)
-        stand_in("flash_attn.cute", flash_attn_func=lambda *args, causal: (flash_attn_func(*args, causal=causal), None))
+        stand_in("flash_attn.cute", flash_attn_func=lambda *args, causal: (recorded(*args, causal=causal), None))
     else:
-        stand_in("flash_attn", flash_attn_func=flash_attn_func)
+        stand_in("flash_attn", flash_attn_func=recorded)
     run = rivals_attention.flash_per_frame(version)
     agrees("frame_attention", "tiny-smoke/bf16/forward+backward", run, frame_attention._with_calls)
+    frame, text = Frame(4, 8).length, 9  # text, two frames, two tokens: a frame is a rectangle without a mask
+    ends = text + frame, text + 2 * frame, text + 2 * frame + 2
+    assert set(shapes) == {(text, text, True), (frame, ends[0], False), (frame, ends[1], False), (2, ends[2], True)}
     bench = registry.ops()["frame_attention"]
     inputs = bench.build(registry.find("frame_attention/tiny-smoke/bf16/forward"), "cpu", torch.bfloat16)
     [o] = rivals_attention.flash_causal(version)(inputs)
     expected = flash_attn_func(*(inputs.args[name][None] for name in "qkv"), causal=True)[0]
     assert torch.equal(o, expected)
+
+
+class MaskPlan:
+    """What create_mask_plan of nvidia-cudnn-frontend 1.32.0 returns, as far as flex_attn_func checks it."""
+
+    def __init__(self, mask, shapes, dtype, has_backward):
+        self.mask, self.shapes, self.dtype, self.has_backward = mask, shapes, dtype, has_backward
+
+
+def create_mask_plan(
+    mask_func,
+    q,
+    k,
+    v,
+    *,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    pack_gqa=None,
+    build_backward=None,
+    _fwd_variant=None,
+):
+    """The signature and the checks of nvidia-cudnn-frontend 1.32.0: [0, F0) and [F1, F2) of each query."""
+    assert build_backward is None or type(build_backward) is bool
+    assert cu_seqlens_q is None, "fixed lengths are [B, T, H, D]"
+    assert all(x.ndim == 4 and x.dtype in (torch.float16, torch.bfloat16) and x.stride(-1) == 1 for x in (q, k, v))
+    assert mask_func.dtype == torch.int32
+    assert mask_func.is_contiguous()
+    hmask, nfunc, total_q = mask_func.shape
+    assert hmask in (1, q.shape[2])
+    assert nfunc % 2 == 1
+    assert total_q == q.shape[0] * q.shape[1]
+    ends = torch.cat([torch.zeros_like(mask_func[:, :1]), mask_func], 1)
+    assert (ends.diff(dim=1) >= 0).all()
+    assert ends.max() <= k.shape[1]
+    keys = torch.arange(k.shape[1])
+    intervals = zip(ends[0, ::2, :, None], ends[0, 1::2, :, None], strict=True)
+    mask = sum((keys >= begin) & (keys < end) for begin, end in intervals).bool()
+    return MaskPlan(mask, [x.shape for x in (q, k, v)], q.dtype, bool(build_backward))
+
+
+def flex_attn_func(
+    q, k, v, *, mask_plan, softmax_scale=None, deterministic=False, return_lse=False, return_max_logit=False
+):
+    """The signature and the checks of nvidia-cudnn-frontend 1.32.0; returns o alone."""
+    assert isinstance(mask_plan, MaskPlan)
+    assert [x.shape for x in (q, k, v)] == mask_plan.shapes
+    assert q.dtype == mask_plan.dtype
+    needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    assert mask_plan.has_backward or not needs_backward, "MaskPlan was built without backward payloads"
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask_plan.mask, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("case", ["tiny-smoke/bf16/forward", "tiny-smoke/bf16/forward+backward"])
+def test_cudnn_flex_attention(stand_in, case):
+    stand_in("cudnn.flex_attention", create_mask_plan=create_mask_plan, flex_attn_func=flex_attn_func)
+    agrees("frame_attention", case, rivals_attention.cudnn_flex, rivals_attention.cudnn_flex_prepare)
+
+
+@pytest.mark.parametrize(
+    ("kv_start", "kv_end", "endpoints"),
+    [
+        ([0, 0, 0, 0], [1, 4, 4, 4], 1),
+        ([0, 0, 2, 2], [2, 2, 4, 4], 3),  # two documents
+        ([0, 1, 1, 4], [1, 1, 4, 4], 3),  # queries without keys
+    ],
+)
+def test_row_intervals_are_the_limits(kv_start, kv_end, endpoints):
+    limits = RowLimits.from_kv(torch.tensor(kv_start), torch.tensor(kv_end), 4, check=True)
+    intervals = rivals_attention.row_intervals(limits)
+    assert intervals.shape == (1, endpoints, 4)
+    x = torch.zeros(1, 4, 1, 8, dtype=torch.bfloat16)
+    assert torch.equal(create_mask_plan(intervals, x, x, x).mask, limits.dense_mask())
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "reason"),
+    [
+        ({"nvidia-cudnn-frontend": "1.32.1", "nvidia-cutlass-dsl": "4.8.1"}, (9, 0), None),
+        ({"nvidia-cudnn-frontend": "1.32.0", "nvidia-cutlass-dsl": "5.0.0"}, (10, 3), None),
+        ({"nvidia-cudnn-frontend": "1.33.0", "nvidia-cutlass-dsl": "4.8.1"}, (9, 0), "nvidia-cudnn-frontend is 1.33"),
+        ({"nvidia-cutlass-dsl": "4.8.1"}, (9, 0), "nvidia-cudnn-frontend is not installed"),
+        ({"nvidia-cudnn-frontend": "1.32.0", "nvidia-cutlass-dsl": "4.7.2"}, (9, 0), "nvidia-cutlass-dsl is 4.7"),
+        ({"nvidia-cudnn-frontend": "1.32.0"}, (9, 0), "nvidia-cutlass-dsl is not installed"),
+        ({"nvidia-cudnn-frontend": "1.32.0", "nvidia-cutlass-dsl": "4.8.1"}, (8, 0), "the GPU is SM80"),
+        ({"nvidia-cudnn-frontend": "1.32.0", "nvidia-cutlass-dsl": "4.8.1"}, (12, 0), "the GPU is SM120"),
+        ({"nvidia-cudnn-frontend": "1.32.0", "nvidia-cutlass-dsl": "4.8.1"}, None, "there is no GPU"),
+    ],
+)
+def test_cudnn_flex_attention_is_refused_with_the_reason(monkeypatch, stand_in, installed, capability, reason):
+    def version(package):
+        if package not in installed:
+            raise metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    bench = registry.ops()["frame_attention"]
+    case = registry.find("frame_attention/tiny-smoke/bf16/forward")
+    assert "not installed: cudnn" in bench.missing(case, "cuda")["cudnn.flex_attention"]
+    monkeypatch.setattr(registry, "installed", lambda module: True)
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = bench.missing(case, "cuda").get("cudnn.flex_attention")
+    assert found is None if reason is None else found.startswith(reason), found
+
+
+def test_what_compiles_at_its_first_call_is_marked():
+    attention = {"flex_attention", "flex_attention FLASH", "cudnn.flex_attention"}
+    attention |= {"flash-attn-4 per frame", "flash-attn-4 causal"}
+    loss = {"Liger", "Liger, fp32 sums", "CCE exact", "QuACK", "torch.compile, all logits"}
+    marked = {"frame_attention": attention, "tube_masked_loss": loss, "mm_rope": {"Liger chain", "torch.compile"}}
+    for name, bench in registry.ops().items():
+        assert {rival.name for rival in bench.rivals if rival.jit} == marked.get(name, set())
 
 
 def test_flex_attention_with_its_block_mask():

@@ -214,13 +214,29 @@ def _mask_bytes(case: Case) -> int:
 
 # The causal ones compute another mask of nearly as many pairs, so they are no rivals in time but ceilings by rate.
 GPU_RIVALS = (
-    Contestant("flex_attention", rivals_attention.flex, prepare=rivals_attention.flex_prepare(), available=_on_gpu),
+    Contestant(
+        "flex_attention",
+        rivals_attention.flex,
+        prepare=rivals_attention.flex_prepare(),
+        available=_on_gpu,
+        jit=True,
+    ),
     Contestant(
         "flex_attention FLASH",
         rivals_attention.flex,
         prepare=rivals_attention.flex_prepare(backend="FLASH"),
         available=_in_half_precision_on_gpu,
         requires=("flash_attn.cute",),
+        jit=True,
+    ),
+    Contestant(
+        "cudnn.flex_attention",
+        rivals_attention.cudnn_flex,
+        prepare=rivals_attention.cudnn_flex_prepare,
+        available=_in_half_precision_on_gpu,
+        requires=("cudnn", "cutlass", "tvm_ffi"),
+        refusal=rivals_attention.cudnn_flex_refusal,
+        jit=True,
     ),
     *(
         Contestant(
@@ -229,6 +245,7 @@ GPU_RIVALS = (
             prepare=_with_calls,
             available=_in_half_precision_on_gpu,
             requires=(module,),
+            jit=version == 4,
         )
         for version, suffix, module in FLASH_ATTN
     ),
@@ -247,6 +264,7 @@ GPU_RIVALS = (
             work=rivals_attention.causal_work,
             available=_in_half_precision_on_gpu,
             requires=(module,),
+            jit=version == 4,
         )
         for version, suffix, module in FLASH_ATTN
     ),
@@ -258,7 +276,7 @@ BENCH = OpBench(
     ours=ours,
     rivals=(
         Contestant("SDPA per frame", per_frame, prepare=_with_calls),
-        Contestant("flex_attention", flex, prepare=_with_block_mask, available=_has_flex),
+        Contestant("flex_attention", flex, prepare=_with_block_mask, available=_has_flex, jit=True),
         Contestant("SDPA dense mask", dense_mask, prepare=_with_mask, memory=_mask_bytes),
         Contestant("official style", official_style, prepare=_with_official_mask, memory=_mask_bytes),
         *GPU_RIVALS,

@@ -148,21 +148,34 @@ def _all_logits(case: Case) -> int:
 
 
 GPU_RIVALS = (
-    Contestant("Liger", rivals_loss.liger(None), available=_on_gpu, requires=("liger_kernel",), slack=8.0),
+    Contestant("Liger", rivals_loss.liger(None), available=_on_gpu, requires=("liger_kernel",), jit=True, slack=8.0),
     Contestant(
-        "Liger, fp32 sums", rivals_loss.liger(torch.float32), available=_on_gpu, requires=("liger_kernel",), slack=8.0
+        "Liger, fp32 sums",
+        rivals_loss.liger(torch.float32),
+        available=_on_gpu,
+        requires=("liger_kernel",),
+        jit=True,
+        slack=8.0,
     ),
     Contestant(
         "CCE exact",
         rivals_loss.cut_cross_entropy,
         available=_in_half_precision_on_gpu,
         requires=("cut_cross_entropy",),
+        jit=True,
         slack=8.0,
     ),
     Contestant(
-        "QuACK", rivals_loss.quack, available=_in_half_precision_on_gpu, requires=("quack", "cutlass"), slack=8.0
+        "QuACK",
+        rivals_loss.quack,
+        available=_in_half_precision_on_gpu,
+        requires=("quack", "cutlass"),
+        jit=True,
+        slack=8.0,
     ),
-    Contestant("torch.compile, all logits", rivals_loss.compiled_slice, available=_on_gpu, memory=_all_logits),
+    Contestant(
+        "torch.compile, all logits", rivals_loss.compiled_slice, available=_on_gpu, memory=_all_logits, jit=True
+    ),
 )
 
 BENCH = OpBench(

@@ -84,6 +84,9 @@ def _runs_triton(problem: Problem) -> str | None:
 def _runs_flash(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"runs CUDA tensors, not {problem.device}"
+    refusal = dispatch.refuses_architecture(problem)
+    if refusal is not None:
+        return refusal
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"computes bfloat16 and float16, not {dtype_name(problem.dtype)}"
     if problem.head_dim is not None and (problem.head_dim > 256 or problem.head_dim % 8):

@@ -192,7 +192,7 @@ def forward(inputs: Inputs) -> Outputs:
                 1.0 / inputs.temperature,
                 BLOCK=config.block,
                 VECTOR=VECTOR,
-                **config.options(),
+                **config.options(fp_fusion=True),
             )
     return Outputs(ids, confidence)
 

@@ -222,7 +222,7 @@ def _options(table: Mapping[int, RowConfig], logits: Tensor) -> dict[str, int]:
     if classes % 16:
         config = dataclasses.replace(config, block=config.block // NARROW)
     config = config.fitted(classes)
-    return {"BLOCK": config.block, "VECTOR": 16 // logits.element_size(), **config.options()}
+    return {"BLOCK": config.block, "VECTOR": 16 // logits.element_size(), **config.options(fp_fusion=True)}
 
 
 class _Work:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from lumos_kernels import Frame, FrameLayout, RowLimits, Text, frame_attention
-from lumos_kernels.frame_attention.triton import configs
+from lumos_kernels.frame_attention import triton as kernels
+from lumos_kernels.frame_attention.contract import Inputs, OutputGradients
+from lumos_kernels.frame_attention.triton import configs, tuned
 from lumos_kernels.testing import (
     assert_bitwise_equal,
     assert_close_to_reference,
@@ -44,7 +47,15 @@ def as_on(arch: str = "sm_90", fused: bool = False, config: configs.Config | Non
         yield
 
 
-# Tiles so large that the interpreter gets through a real frame.
+@contextlib.contextmanager
+def measured_as(entries: dict | None = None, fused: frozenset = frozenset()):
+    """Other tables in the place of tuned.py's."""
+    configs.table.cache_clear()
+    try:
+        with mock.patch.multiple(tuned, CONFIGS=entries or {}, FUSED_BACKWARD=fused):
+            yield
+    finally:
+        configs.table.cache_clear()
 
 
 def fields(block_m, block_n, num_warps, num_stages, descriptors) -> dict:
@@ -62,6 +73,7 @@ def config(*sizes) -> configs.Config:
     return configs.Config(**fields(*sizes))
 
 
+# Tiles so large that the interpreter gets through a real frame.
 LARGE = {"descriptors": config(128, 256, 4, 1, True), "pointers": config(128, 256, 4, 1, False)}
 
 
@@ -120,9 +132,24 @@ def run(leaves, limits, upstream, impl="triton", **options) -> list[Tensor]:
     return [o.detach(), lse.detach(), *gradients]
 
 
-def check(leaves, limits, upstream, **options) -> list[Tensor]:
+def run_fused(leaves, limits, upstream) -> list[Tensor]:
+    """The same by the fused backward, called by its name."""
+    inputs = Inputs(*leaves, limits.to(leaves[0].device), leaves[0].shape[2] ** -0.5)
+    outputs = kernels.forward(inputs)
+    grad = OutputGradients(*upstream) if len(upstream) == 2 else OutputGradients(*upstream, None)
+    module = sys.modules[kernels.backward_fused.__module__]
+    with (
+        mock.patch.object(module, "_key_pass", wraps=module._key_pass) as key_pass,
+        mock.patch.object(module, "_query_pass", side_effect=AssertionError("the deterministic backward ran")),
+    ):
+        gradients = kernels.backward_fused(inputs, outputs, grad)
+    assert [call.args[3].dtype for call in key_pass.call_args_list] == [FP32]  # the fp32 sums of dq
+    return [*outputs, *gradients]
+
+
+def check(leaves, limits, upstream, actual=None, **options) -> list[Tensor]:
     """Against fp64, with SDPA in the same dtype as the rival; lse and its gradient against the reference's."""
-    actual = run(leaves, limits, upstream, **options)
+    actual = run(leaves, limits, upstream, **options) if actual is None else actual
     high = run([x.double() for x in leaves], limits, [u.double() for u in upstream], "reference", **options)
     low = run(leaves, limits, upstream, "reference", **options)
     if len(upstream) == 1 and limits.num_queries and bool((limits.kv_end > limits.kv_start).all()):

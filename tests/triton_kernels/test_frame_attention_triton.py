@@ -27,12 +27,15 @@ from frame_attention_cases import (
     limits_kv,
     limits_of,
     run,
+    run_fused,
     sliding,
     upstream_of,
 )
 from torch import Tensor
 
 from lumos_kernels import Frame, Text
+from lumos_kernels.frame_attention import triton as kernels
+from lumos_kernels.frame_attention.contract import Inputs, Outputs
 from lumos_kernels.testing import (
     assert_bitwise_equal,
     awkward_gradients,
@@ -82,6 +85,35 @@ def test_gradients_flow_through_lse(limits, arch, fused, device):
     leaves = leaves_of(limits, (2, 1), 32, FP32, device)
     with as_on(arch, fused):
         check(leaves, limits, upstream_of(leaves, lse=True))
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_fused_backward_by_its_name(arch, dtype, device):
+    """Groups of 1, 3 and 4 query heads, lengths that are no multiple of a tile, more keys than queries."""
+    for limits, heads, head_dim in ((causal(150, 21), (3, 1), 64), (VIDEO, (2, 2), 32), (DECODING, (4, 1), 128)):
+        leaves = leaves_of(limits, heads, head_dim, dtype, device)
+        upstream = upstream_of(leaves)
+        with as_on(arch):
+            check(leaves, limits, upstream, run_fused(leaves, limits, upstream))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_fused_backward_over_rows_without_keys(arch, device):
+    limits = keyless()
+    leaves = leaves_of(limits, (4, 2), 64, FP32, device)
+    upstream = upstream_of(leaves, lse=True)
+    with as_on(arch):
+        _, _, dq, dk, dv = check(leaves, limits, upstream, run_fused(leaves, limits, upstream))
+    assert not dq[limits.kv_start == limits.kv_end].any()
+    unseen = ~limits.dense_mask().any(0)
+    assert not dk[unseen].any()
+    assert not dv[unseen].any()
+    none = limits_kv([0, 0], [0, 0], 0)
+    leaves = leaves_of(none, device=device)
+    gradients = kernels.backward_fused(Inputs(*leaves, none, 1.0), Outputs(leaves[0], leaves[0]), upstream)
+    assert [g.shape for g in gradients] == [x.shape for x in leaves]
+    assert not any(g.any() for g in gradients)
 
 
 def test_one_token(device):

@@ -1,8 +1,6 @@
-"""The order of frame_attention's Triton programs, what they run, their configurations and the tuner."""
+"""The order of frame_attention's Triton programs, what they run, and their configurations."""
 
 from __future__ import annotations
-
-from unittest import mock
 
 import pytest
 import torch
@@ -11,18 +9,16 @@ import triton.language as tl
 from frame_attention_cases import (
     BF16,
     INTERPRETED,
-    SMALL,
     as_on,
     config,
     fields,
-    leaves_of,
     limits_of,
+    measured_as,
 )
 
-from lumos_kernels import Frame, Text, dispatch
+from lumos_kernels import Frame, Text, cache, dispatch
 from lumos_kernels.dispatch import Problem
-from lumos_kernels.frame_attention.contract import Inputs
-from lumos_kernels.frame_attention.triton import configs, primitives, tune
+from lumos_kernels.frame_attention.triton import configs, measured, primitives, tune
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
@@ -80,11 +76,13 @@ def test_every_kernel_has_a_configuration_everywhere_and_measured_ones_come_firs
     for kernel in configs.KERNELS:
         for arch in configs.ARCHS:
             assert set(configs.DEFAULTS[kernel, arch]) == set(configs.HEAD_DIMS)
-            assert all(primitives.MAX_BLOCK % c.block_m == 0 for c in configs.DEFAULTS[kernel, arch].values())
+            for head_dim in configs.HEAD_DIMS:
+                for found in tune.candidates(kernel, arch, head_dim):
+                    assert measured.checked(kernel, arch, head_dim, measured.fields_of(found)) == found
     q = torch.empty(1, 1, 64, dtype=BF16, device=device)
     with as_on("sm_90"):
         assert configs.choose("dq", q) == configs.DEFAULTS["dq", "sm_90"][64]
-        with mock.patch.object(configs.tuned, "CONFIGS", {("dq", "sm_90", 64): fields(64, 64, 4, 3, False)}):
+        with measured_as({("dq", "sm_90", 64): fields(64, 64, 4, 3, False)}):
             assert configs.choose("dq", q) == config(64, 64, 4, 3, False)
             assert configs.choose("dkdv", q) == configs.DEFAULTS["dkdv", "sm_90"][64]
             assert configs.choose("dq", q.float()) == configs.FP32
@@ -92,99 +90,79 @@ def test_every_kernel_has_a_configuration_everywhere_and_measured_ones_come_firs
         assert configs.family(arch) == family
 
 
-def tuning(times: dict, wrong=(), todo=None, minutes=1.0):
-    """tune() with made-up times for configurations; kernels do not run. Returns its entries and its report."""
-    lines: list[str] = []
-    current: list = []
-
-    def runner(subject, data):
-        def call():
-            config = configs.choose(subject.kernel, None)
-            current[:] = [subject.kernel, config]
-            if config in wrong:
-                if wrong[config] is None:
-                    return (torch.full((4,), torch.nan),)
-                raise wrong[config]
-            return (torch.ones(4),)
-
-        return call
-
-    def measure(call) -> float:
-        call()
-        return times.get(tuple(current), 1.0)
-
-    with mock.patch.object(tune, "runner", runner):
-        entries, fused = tune.tune(
-            "sm_90", minutes, measure=measure, report=lines.append, make=lambda shape, device: None, todo=todo
-        )
-    return entries, fused, lines
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUMOS_CACHE_DIR", str(tmp_path))
+    configs.table.cache_clear()
+    yield tmp_path
+    configs.table.cache_clear()
 
 
-def test_the_tuner_takes_the_fastest_right_configuration():
-    subject = tune.Subject("forward", tune.SHAPES[0])
-    default, *others = tune.candidates("forward", "sm_90", 64)
-    assert len(set(others)) == len(others) > 5
-    times = {("forward", c): t for c, t in zip(others, (0.5, 0.6, 0.7, 0.8, 0.99), strict=False)}
-    wrong = {others[0]: RuntimeError("out of resource: shared memory\nmore"), others[1]: None}
-    entries, fused, lines = tuning(times, wrong, [subject])
-    assert entries == {**configs.tuned.CONFIGS, ("forward", "sm_90", 64): tune.fields_of(others[2])}
-    assert fused == configs.tuned.FUSED_BACKWARD
-    assert f"    refused {others[0]}: RuntimeError: out of resource: shared memory" in lines
-    assert f"    refused {others[1]}: wrong result" in lines
-    # 1 % is not enough to leave the default
-    entries, _, _ = tuning({("forward", others[4]): 0.99}, {}, [subject])
-    assert entries["forward", "sm_90", 64] == tune.fields_of(default)
+def test_the_users_table_comes_before_the_committed_one_and_serves_one_machine(cache_folder, monkeypatch):
+    ours, theirs = config(64, 64, 4, 3, True), config(128, 64, 4, 2, True)
+    assert measured.save("GPU A, torch 1, triton 1", measured.Table({("dq", 64): ours}, {64: True, 128: False}))
+    assert measured.save("GPU A, torch 1, triton 1", measured.Table({("dq", 128): ours}, {}))
+    assert measured.save("GPU B, torch 1, triton 1", measured.Table({("forward", 64): ours}, {}))
+    committed = {("dq", "sm_90", 64): fields(128, 64, 4, 2, True), ("dkdv", "sm_90", 64): fields(128, 64, 4, 2, True)}
+    monkeypatch.setattr(measured, "machine", lambda gpu: f"GPU {'AB'[gpu]}, torch 1, triton 1")
+    with measured_as(committed, frozenset([("sm_90", 128)])):
+        found = configs.table(0, "sm_90")
+        assert found.configs == {("dq", 64): ours, ("dq", 128): ours, ("dkdv", 64): theirs}
+        assert found.fused == {64: True, 128: False}
+        assert configs.table(1, "sm_90") == (
+            {("dq", 64): theirs, ("dkdv", 64): theirs, ("forward", 64): ours}, {128: True},
+        )  # fmt: skip
+        assert configs.table(None, "sm_90") == ({("dq", 64): theirs, ("dkdv", 64): theirs}, {128: True})
+        # Read once a process: no call opens the file again.
+        measured.path().unlink()
+        assert configs.table(0, "sm_90") is found
 
 
-@pytest.mark.parametrize("seconds", [0.5, 0.99])
-def test_the_tuner_fuses_the_backward_where_it_is_faster(seconds):
-    shape = tune.SHAPES[1]
-    todo = [tune.Subject(kernel, shape) for kernel in ("dkdv", "dq", "fused")]
-    _, fused, _ = tuning({("fused", c): seconds for c in tune.candidates("fused", "sm_90", 128)}, {}, todo)
-    assert (("sm_90", 128) in fused) == (seconds < 0.98)
+BROKEN = {
+    "no power of two": fields(96, 64, 4, 2, True),
+    "larger than a tile may be": fields(256, 64, 4, 2, True),
+    "too many keys": fields(64, 256, 4, 2, True),
+    "too small": fields(8, 64, 4, 2, True),
+    "a text": {**fields(64, 64, 4, 2, True), "block_m": "64"},
+    "a bool": {**fields(64, 64, 4, 2, True), "num_warps": True},
+    "3 warps": fields(64, 64, 3, 2, True),
+    "no stages": fields(64, 64, 4, 0, True),
+    "a missing field": {"block_m": 64, "block_n": 64, "num_warps": 4},
+    "an unknown field": {**fields(64, 64, 4, 2, True), "clusters": 2},
+    "no fields": 7,
+}
 
 
-def test_the_tuner_stops_in_time_and_keeps_what_it_did_not_reach():
-    with mock.patch.object(configs.tuned, "CONFIGS", {("dq", "sm_80", 64): fields(64, 64, 4, 1, False)}):
-        entries, _, lines = tuning({}, minutes=0.0)
-    assert entries == {("dq", "sm_80", 64): fields(64, 64, 4, 1, False)}
-    assert lines == ["time is up: 16 of 16 keep their entries"]
+@pytest.mark.parametrize("entry", BROKEN.values(), ids=BROKEN)
+def test_a_broken_entry_is_ignored_with_a_warning(entry, cache_folder, caplog):
+    good = fields(64, 64, 4, 2, True)
+    stored = {"configs": {"dq": {"64": entry, "128": good}}, "fused_backward": {"64": True}}
+    assert cache.write(measured.NAME, {"here": stored})
+    assert measured.of_user("here", "sm_90") == ({("dq", 128): config(64, 64, 4, 2, True)}, {64: True})
+    assert "is ignored" in caplog.text
+    caplog.clear()
+    with measured_as({("dq", "sm_90", 64): entry, ("dq", "sm_90", 128): good}):
+        assert measured.committed("sm_90").configs == {("dq", 128): config(64, 64, 4, 2, True)}
+    assert "tuned.py" in caplog.text
 
 
-def test_the_tuner_leaves_a_kernel_when_its_share_of_the_time_is_up():
-    subject = tune.Subject("forward", tune.SHAPES[0])
-    with mock.patch.object(tune, "runner", return_value=lambda: (torch.ones(4),)):
-        verdict = tune.decide(subject, "sm_90", None, deadline=-1.0, measure=lambda call: 1.0)
-    assert verdict.config == configs.DEFAULTS["forward", "sm_90"][64]
-    assert verdict.tried == 1
-
-
-def test_the_tuners_table_reads_back():
-    entries = {("forward", "sm_90", 64): fields(128, 128, 4, 2, True), ("dq", "sm_80", 32): fields(64, 32, 4, 2, False)}
-    for fused in (frozenset(), frozenset({("sm_90", 64), ("sm_90", 128)})):
-        read: dict = {}
-        exec(tune.source(entries, fused, "Last run: nowhere."), read)
-        assert read["CONFIGS"] == entries
-        assert read["FUSED_BACKWARD"] == fused
-
-
-def test_the_tuner_runs_the_kernels_it_measures(device):
-    """On small inputs: a result of each kernel, in a configuration that is not its default."""
-    limits = SMALL.to(device)
-    q, k, v = leaves_of(SMALL, (2, 1), 32, BF16, device)
-    data = tune.Data(Inputs(q, k, v, limits, 32**-0.5), torch.randn_like(q))
-    for kernel in configs.KERNELS:
-        subject = tune.Subject(kernel, tune.Shape(32, 2, 1))
-        other = config(64, 64, 4, 2, False)
-        call = tune.runner(subject, data)
-        expected = call()
-        with tune.using(subject, other):
-            assert configs.choose(kernel, q) == other
-            assert tune.agrees(call(), expected)
-
-
-def test_a_dry_run_lists_the_candidates(capsys):
-    tune.main(["--dry-run", "--arch", "sm_90"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(configs.KERNELS) * len(tune.SHAPES)
-    assert lines[0].startswith("forward D=64: ")
+def test_a_broken_table_is_ignored_with_a_warning(cache_folder, caplog):
+    kernels = {"warp": {"64": fields(64, 64, 4, 2, True)}, "dq": [], "forward": {"48": fields(64, 64, 4, 2, True)}}
+    verdicts = {"64": "yes", "sixty": True, "128": True}
+    for stored in ({"configs": kernels, "fused_backward": verdicts}, {"configs": [], "fused_backward": {"128": True}}):
+        assert cache.write(measured.NAME, {"here": stored})
+        assert measured.of_user("here", "sm_90") == ({}, {128: True})
+    assert len(caplog.records) == 6
+    with pytest.raises(ValueError, match="no tensor descriptors"):
+        measured.checked("dq", "sm_80", 64, fields(64, 64, 4, 2, True))
+    for text in ("{", "[]", '{"here": 3}'):
+        caplog.clear()
+        measured.path().write_text(text)
+        assert measured.of_user("here", "sm_90") == ({}, {})
+        assert "ignored" in caplog.text
+        assert measured.save("here", measured.Table({("dq", 64): config(64, 64, 4, 2, True)}, {}))
+        assert measured.of_user("here", "sm_90").configs == {("dq", 64): config(64, 64, 4, 2, True)}
+    measured.path().unlink()
+    caplog.clear()
+    assert measured.of_user("here", "sm_90") == ({}, {})
+    assert not caplog.records

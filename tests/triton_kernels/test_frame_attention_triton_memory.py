@@ -27,6 +27,7 @@ from frame_attention_cases import (
     leaves_of,
     limits_kv,
     limits_of,
+    measured_as,
     run,
     upstream_of,
 )
@@ -68,7 +69,7 @@ def test_strides(layout, arch, device):
 @pytest.mark.skipif(ARCHS == ("sm_80",), reason="there are no descriptors on this GPU")
 def test_one_kernel_may_load_by_pointers_and_the_next_by_descriptors(device):
     leaves = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in leaves_of(SMALL, (2, 1), 32, BF16, device)]
-    with as_on("sm_90"), mock.patch.dict(configs.tuned.CONFIGS, {("dkdv", "sm_90", 32): fields(64, 64, 4, 2, False)}):
+    with as_on("sm_90"), measured_as({("dkdv", "sm_90", 32): fields(64, 64, 4, 2, False)}):
         assert not configs.choose("dkdv", leaves[0]).descriptors
         assert configs.choose("dq", leaves[0]).descriptors
         check(leaves, SMALL, upstream_of(leaves))
@@ -143,16 +144,19 @@ def test_the_deterministic_backward_is_taken_unless_the_fused_one_is_measured_fa
     passes = importlib.import_module("lumos_kernels.frame_attention.triton.backward")
 
     def is_fused(deterministic: bool) -> bool:
-        with mock.patch.object(passes, "_fused_backward") as fused:
+        with mock.patch.object(passes, "_key_pass", wraps=passes._key_pass) as key_pass:
             direct(leaves, SMALL, upstream, deterministic)
-        return fused.called
+        (_, _, _, dq_sum), _ = key_pass.call_args
+        return dq_sum is not None
 
     measured = configs.family(configs.architecture(leaves[0])), 32
-    with mock.patch.object(configs.tuned, "FUSED_BACKWARD", frozenset()):
+    with measured_as():
         assert not is_fused(deterministic=False)
-    with mock.patch.object(configs.tuned, "FUSED_BACKWARD", frozenset([measured])):
+    with measured_as(fused=frozenset([measured])):
         assert is_fused(deterministic=False)
         assert not is_fused(deterministic=True)
+        leaves, upstream = [leaf.float() for leaf in leaves], [grad.float() for grad in upstream]
+        assert not is_fused(deterministic=False)  # fp32 was not measured
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

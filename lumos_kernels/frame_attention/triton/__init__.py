@@ -6,4 +6,7 @@ docs/kernels.md says how it works.
 from __future__ import annotations
 
 from .backward import backward as backward
+from .backward import backward_deterministic as backward_deterministic
+from .backward import backward_fused as backward_fused
 from .forward import forward as forward
+from .forward import forward_with as forward_with

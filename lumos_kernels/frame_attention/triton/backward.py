@@ -1,12 +1,4 @@
-"""The backward pass. With p the probabilities and do, dlse the gradients that arrive,
-    dv = p^T do,   dp = do v^T,   delta = rowsum(do * o) - dlse,   ds = p * (dp - delta),
-    dq = scale ds k,   dk = scale ds^T q.
-
-Deterministic: one kernel owns key tiles and makes dk and dv, another owns query tiles and makes dq. Both recompute s
-and dp, which is 7 matmuls. Fused: the first kernel also adds its part of dq to fp32 memory, which is 5 matmuls, in an
-order that differs from run to run. Either way the program of a key tile walks over all query heads of its kv head, so
-dk and dv need no atomics.
-"""
+"""The backward pass: the launches of the kernels of backward_kernels.py, which has the algebra."""
 
 from __future__ import annotations
 
@@ -14,245 +6,17 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ... import kernel_types as kt
 from ... import tensors
 from ...layout import RowLimits
 from ..contract import Gradients, Inputs, OutputGradients, Outputs
 from . import configs
-from .primitives import (
-    LOG2_E,
-    MAX_BLOCK,
-    describable,
-    head_offset,
-    heads_per_section,
-    load_tile,
-    padded_head_dim,
-    pointer_tile,
-    row_limits,
-    store_tile,
-    tile_bounds,
-    work_item,
-)
-
-_LOG2_E = tl.constexpr(LOG2_E)
+from .backward_kernels import _delta_kernel, _key_kernel, _query_kernel, _round_kernel
+from .defaults import Config
+from .primitives import LOG2_E, MAX_BLOCK, describable, heads_per_section, padded_head_dim
 
 ROUND_BLOCK = 1024  # elements of dq that a program of _round_kernel takes
-
-
-@triton.jit(do_not_specialize=["queries", "padded"])
-def _delta_kernel(
-    grad_o: kt.Pointer,
-    o: kt.Pointer,
-    lse_ptr: kt.Pointer,
-    grad_lse_ptr: kt.Pointer,
-    statistics_ptr: kt.Pointer,
-    grad_o_strides: kt.Scalar,
-    o_strides: kt.Scalar,
-    grad_lse_strides: kt.Scalar,
-    queries: kt.Scalar,
-    padded: kt.Scalar,
-    heads: kt.Scalar,
-    D: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INT64: tl.constexpr,
-) -> None:
-    """Write the statistics fp32 [2, H, padded]: lse in base 2, then delta.
-
-    The loops load both without a mask. So a row without keys and the rows past the last one get lse = +inf and
-    delta = 0: p = exp2(s - inf) is 0 even before it is masked.
-    """
-    first, head = tl.program_id(0) * BLOCK, tl.program_id(1)
-    do = load_tile(grad_o, grad_o_strides, first, head, queries, D, BLOCK, PADDED_D, False, INT64)
-    out = load_tile(o, o_strides, first, head, queries, D, BLOCK, PADDED_D, False, INT64)
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    row = first + tl.arange(0, BLOCK)
-    lse = tl.load(lse_ptr + head_offset(head, queries, INT64) + row, mask=row < queries, other=float("-inf"))
-    if grad_lse_ptr is not None:
-        if INT64:
-            row_64, head_64 = row.to(tl.int64), head.to(tl.int64)
-            offset = head_64 * grad_lse_strides[0] + row_64 * grad_lse_strides[1]
-        else:
-            offset = head * grad_lse_strides[0] + row * grad_lse_strides[1]
-        delta -= tl.load(grad_lse_ptr + offset, mask=row < queries, other=0.0)
-    keyless = lse == float("-inf")
-    at = statistics_ptr + head_offset(head, padded, INT64) + row
-    tl.store(at, tl.where(keyless, float("inf"), lse * _LOG2_E))
-    tl.store(at + head_offset(heads, padded, INT64), tl.where(keyless, 0.0, delta))
-
-
-@triton.jit(do_not_specialize=["queries", "keys", "padded", "per_section"])
-def _key_kernel(
-    q: kt.Descriptor,
-    k: kt.Descriptor,
-    v: kt.Descriptor,
-    grad_o: kt.Descriptor,
-    dk: kt.Descriptor,
-    dv: kt.Descriptor,
-    dq: kt.Descriptor,
-    statistics_ptr: kt.Pointer,
-    q_start_ptr: kt.Pointer,
-    q_end_ptr: kt.Pointer,
-    q_strides: kt.Scalar,
-    k_strides: kt.Scalar,
-    v_strides: kt.Scalar,
-    grad_o_strides: kt.Scalar,
-    dk_strides: kt.Scalar,
-    dv_strides: kt.Scalar,
-    dq_strides: kt.Scalar,
-    queries: kt.Scalar,
-    padded: kt.Scalar,
-    keys: kt.Scalar,
-    kv_heads: kt.Scalar,
-    group: kt.Scalar,
-    per_section: kt.Scalar,
-    scale: kt.Scalar,
-    scale_log2: kt.Scalar,
-    D: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    RANK: tl.constexpr,
-    INT64: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FUSED: tl.constexpr,
-) -> None:
-    """Write dk and dv of a key tile. FUSED: also add the tile's part of dq to fp32 memory.
-
-    Everything is transposed, keys x queries: p and ds come out of their matmuls as the left operands of dv and dk, and
-    go into them from registers.
-    """
-    tile, kv_head = work_item(tl.program_id(0), tl.cdiv(keys, BLOCK_N), kv_heads, per_section)
-    first = tile * BLOCK_N  # heaviest first: the first keys of a video are seen by the most queries
-    low, high, inner_low, inner_high = tile_bounds(q_start_ptr, q_end_ptr, first, keys, BLOCK_N, BLOCK_M)
-    # Rows past the last key must not reach dq, and their p = exp2(0 - lse) may be infinite. A tile with such rows masks
-    # all its pairs: it counts no tile of queries as whole.
-    if first + BLOCK_N > keys:
-        inner_high = inner_low
-    k_tile = load_tile(k, k_strides, first, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
-    v_tile = load_tile(v, v_strides, first, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
-    dk_sum = tl.zeros([BLOCK_N, PADDED_D], tl.float32)
-    dv_sum = tl.zeros([BLOCK_N, PADDED_D], tl.float32)
-    for head in range(kv_head * group, (kv_head + 1) * group):
-        lse_ptr = statistics_ptr + head_offset(head, padded, INT64)
-        delta_ptr = lse_ptr + head_offset(kv_heads * group, padded, INT64)
-        for i in tl.range(low, high, BLOCK_M):
-            q_tile = load_tile(q, q_strides, i, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
-            do = load_tile(grad_o, grad_o_strides, i, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
-            row = i + tl.arange(0, BLOCK_M)
-            lse = tl.load(lse_ptr + row)
-            delta = tl.load(delta_ptr + row)
-            s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
-            # dp - delta, with -delta as the initial sum of the matmul: that costs no registers and spills nothing.
-            dp = tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M))
-            dp = tl.dot(v_tile, do.T, dp, input_precision=PRECISION)
-            p = tl.exp2(s * scale_log2 - lse[None, :])
-            if (i < inner_low) | (i >= inner_high):
-                # Loaded here and not before the loop, because registers are scarce.
-                start, end = row_limits(q_start_ptr, q_end_ptr, first, keys, BLOCK_N)
-                p = tl.where((row[None, :] >= start[:, None]) & (row[None, :] < end[:, None]), p, 0.0)
-            dv_sum = tl.dot(p.to(do.dtype), do, dv_sum, input_precision=PRECISION)
-            ds = (p * dp).to(q_tile.dtype)
-            dk_sum = tl.dot(ds, q_tile, dk_sum, input_precision=PRECISION)
-            if FUSED:
-                _add_dq(
-                    dq, dq_strides, tl.dot(ds.T, k_tile, input_precision=PRECISION),
-                    i, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64,
-                )  # fmt: skip
-    store_tile(dk, dk_strides, dk_sum * scale, first, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
-    store_tile(dv, dv_strides, dv_sum, first, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
-
-
-@triton.jit
-def _add_dq(
-    dq: kt.Descriptor, strides: kt.Scalar, value: kt.Block, first: kt.Scalar, head: kt.Scalar, rows: kt.Scalar,
-    D: tl.constexpr, BLOCK: tl.constexpr, PADDED_D: tl.constexpr, RANK: tl.constexpr, INT64: tl.constexpr,
-) -> None:  # fmt: skip
-    """Add a tile of fp32 values to dq."""
-    if RANK == 2:
-        dq.atomic_add([first, head * D], value)
-    elif RANK == 3:
-        dq.atomic_add([first, head, 0], value.reshape(BLOCK, 1, PADDED_D))
-    else:
-        offset, mask = pointer_tile(strides, first, head, rows, D, BLOCK, PADDED_D, INT64)
-        tl.atomic_add(dq + offset, value, mask=mask, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["queries", "keys", "padded", "per_section"])
-def _query_kernel(
-    q: kt.Descriptor,
-    k: kt.Descriptor,
-    v: kt.Descriptor,
-    grad_o: kt.Descriptor,
-    dq: kt.Descriptor,
-    statistics_ptr: kt.Pointer,
-    kv_start_ptr: kt.Pointer,
-    kv_end_ptr: kt.Pointer,
-    q_strides: kt.Scalar,
-    k_strides: kt.Scalar,
-    v_strides: kt.Scalar,
-    grad_o_strides: kt.Scalar,
-    dq_strides: kt.Scalar,
-    queries: kt.Scalar,
-    padded: kt.Scalar,
-    keys: kt.Scalar,
-    heads: kt.Scalar,
-    group: kt.Scalar,
-    per_section: kt.Scalar,
-    scale: kt.Scalar,
-    scale_log2: kt.Scalar,
-    D: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    RANK: tl.constexpr,
-    INT64: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """Write dq of a query tile and head."""
-    tiles = tl.cdiv(queries, BLOCK_M)
-    tile, head = work_item(tl.program_id(0), tiles, heads, per_section)
-    first = (tiles - 1 - tile) * BLOCK_M
-    low, high, inner_low, inner_high = tile_bounds(kv_start_ptr, kv_end_ptr, first, queries, BLOCK_M, BLOCK_N)
-    start, end = row_limits(kv_start_ptr, kv_end_ptr, first, queries, BLOCK_M)
-    q_tile = load_tile(q, q_strides, first, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
-    do = load_tile(grad_o, grad_o_strides, first, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
-    at = statistics_ptr + head_offset(head, padded, INT64) + first + tl.arange(0, BLOCK_M)
-    lse = tl.load(at)[:, None]
-    delta = tl.load(at + head_offset(heads, padded, INT64))[:, None]
-    kv_head = head // group
-    dq_sum = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
-    for j in tl.range(low, high, BLOCK_N):
-        k_tile = load_tile(k, k_strides, j, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
-        v_tile = load_tile(v, v_strides, j, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
-        s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-        dp = tl.dot(do, v_tile.T, input_precision=PRECISION)
-        p = tl.exp2(s * scale_log2 - lse)
-        if (j < inner_low) | (j >= inner_high):
-            key = (j + tl.arange(0, BLOCK_N))[None, :]
-            p = tl.where((key >= start[:, None]) & (key < end[:, None]), p, 0.0)
-        ds = (p * (dp - delta)).to(k_tile.dtype)
-        dq_sum = tl.dot(ds, k_tile, dq_sum, input_precision=PRECISION)
-    store_tile(dq, dq_strides, dq_sum * scale, first, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
-
-
-@triton.jit(do_not_specialize=["elements"])
-def _round_kernel(
-    sum_ptr: kt.Pointer,
-    out_ptr: kt.Pointer,
-    scale: kt.Scalar,
-    elements: kt.Scalar,
-    BLOCK: tl.constexpr,
-    INT64: tl.constexpr,
-) -> None:
-    """Write out = sum * scale, rounded to out's dtype: the dq of the fused backward."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK if INT64 else tl.program_id(0) * BLOCK
-    at += tl.arange(0, BLOCK)
-    total = tl.load(sum_ptr + at, mask=at < elements)
-    tl.store(out_ptr + at, (total * scale).to(out_ptr.dtype.element_ty), mask=at < elements)
 
 
 class _Operands(NamedTuple):
@@ -282,7 +46,7 @@ def _statistics(outputs: Outputs, grad: OutputGradients) -> Tensor:
         result,
         grad.o.stride()[:2],
         o.stride()[:2],
-        (0, 0) if grad.lse is None else grad.lse.stride(),
+        *((0, 0) if grad.lse is None else grad.lse.stride()),
         queries,
         padded,
         heads,
@@ -291,49 +55,82 @@ def _statistics(outputs: Outputs, grad: OutputGradients) -> Tensor:
         BLOCK=MAX_BLOCK,
         INT64=tensors.needs_int64_offsets(*read_or_written),
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return result
 
 
 def backward(inputs: Inputs, outputs: Outputs, grad: OutputGradients, *, deterministic: bool) -> Gradients:
-    """Return the gradients in three launches; the fused one takes two, a memset, and one that rounds dq.
+    """Return the gradients. The fused backward serves where a measurement prefers it and nobody asks for equal bits.
 
     Nothing waits for the GPU.
     """
-    q, k, v, limits, scale = inputs
-    result = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
-    if not q.numel() or not k.numel():
-        return Gradients(*(x.zero_() for x in result))
-    fused = not deterministic and configs.fuses_backward(q)
-    with tensors.device_guard(q):
-        statistics = _statistics(outputs, grad)
-        grad_o = grad.o
-        if any(configs.choose(kernel, q).descriptors for kernel in (("fused",) if fused else ("dkdv", "dq"))):
-            q, k, v, grad_o = map(describable, (q, k, v, grad_o))
-        operands = _Operands(q, k, v, grad_o, statistics, limits, scale)
-        if fused:
-            _fused_backward(operands, result)
-        else:
-            _key_pass("dkdv", operands, result, None)
-            _query_pass(operands, result.q)
+    if not deterministic and configs.fuses_backward(inputs.q):
+        return backward_fused(inputs, outputs, grad)
+    return backward_deterministic(inputs, outputs, grad)
+
+
+def backward_deterministic(
+    inputs: Inputs,
+    outputs: Outputs,
+    grad: OutputGradients,
+    *,
+    dkdv: Config | None = None,
+    dq: Config | None = None,
+) -> Gradients:
+    """Return the gradients in three launches. dkdv, dq: configurations, those of configs.choose where not given."""
+    dkdv, dq = dkdv or configs.choose("dkdv", inputs.q), dq or configs.choose("dq", inputs.q)
+    result = _new_gradients(inputs)
+    if inputs.q.numel() and inputs.k.numel():
+        with tensors.device_guard(inputs.q):
+            operands = _operands(inputs, outputs, grad, dkdv.descriptors or dq.descriptors)
+            _key_pass(dkdv, operands, result, None)
+            _query_pass(dq, operands, result.q)
     return result
 
 
-def _fused_backward(operands: _Operands, result: Gradients) -> None:
+def backward_fused(
+    inputs: Inputs, outputs: Outputs, grad: OutputGradients, *, config: Config | None = None
+) -> Gradients:
+    """Return the gradients in two launches, a memset, and one that rounds dq, whose bits differ from run to run.
+
+    config: a configuration, that of configs.choose where not given.
+    """
+    config = config or configs.choose("fused", inputs.q)
+    result = _new_gradients(inputs)
     dq = result.q
-    dq_sum = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
-    _key_pass("fused", operands, result, dq_sum)
-    grid = (triton.cdiv(dq.numel(), ROUND_BLOCK),)
-    int64 = tensors.needs_int64_offsets(dq)
-    _round_kernel[grid](dq_sum, dq, operands.scale, dq.numel(), BLOCK=ROUND_BLOCK, INT64=int64, num_warps=4)
+    if inputs.q.numel() and inputs.k.numel():
+        with tensors.device_guard(dq):
+            operands = _operands(inputs, outputs, grad, config.descriptors)
+            dq_sum = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
+            _key_pass(config, operands, result, dq_sum)
+            grid, int64 = (triton.cdiv(dq.numel(), ROUND_BLOCK),), tensors.needs_int64_offsets(dq)
+            _round_kernel[grid](
+                dq_sum, dq, inputs.scale, dq.numel(), BLOCK=ROUND_BLOCK, INT64=int64, num_warps=4, enable_fp_fusion=True
+            )
+    return result
 
 
-def _key_pass(kernel: str, operands: _Operands, result: Gradients, dq_sum: Tensor | None) -> None:
-    """Write dk and dv, and add to dq_sum where it is given. kernel: "dkdv" or "fused", of configs.KERNELS."""
+def _new_gradients(inputs: Inputs) -> Gradients:
+    """Return gradients for the kernels to write, zeros where there is nothing to launch."""
+    q, k, v = inputs[:3]
+    allocate = torch.empty if q.numel() and k.numel() else torch.zeros
+    return Gradients(*(allocate(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
+
+
+def _operands(inputs: Inputs, outputs: Outputs, grad: OutputGradients, descriptors: bool) -> _Operands:
+    q, k, v, limits, scale = inputs
+    statistics, grad_o = _statistics(outputs, grad), grad.o
+    if descriptors:
+        q, k, v, grad_o = map(describable, (q, k, v, grad_o))
+    return _Operands(q, k, v, grad_o, statistics, limits, scale)
+
+
+def _key_pass(config: Config, operands: _Operands, result: Gradients, dq_sum: Tensor | None) -> None:
+    """Write dk and dv, and add to dq_sum where it is given."""
     q, k, v, grad_o, statistics, limits, scale = operands
     keys, kv_heads, head_dim = k.shape
     heads = q.shape[1]
-    config = configs.choose(kernel, q)
     m, n = config.block_m, config.block_n
     tiled: tuple[Tensor, ...] = q, k, v, grad_o, result.k, result.v
     blocks: tuple[int, ...] = m, n, n, m, n, n
@@ -363,12 +160,11 @@ def _key_pass(kernel: str, operands: _Operands, result: Gradients, dq_sum: Tenso
     )
 
 
-def _query_pass(operands: _Operands, dq: Tensor) -> None:
+def _query_pass(config: Config, operands: _Operands, dq: Tensor) -> None:
     q, k, v, grad_o, statistics, limits, scale = operands
     queries, heads, head_dim = q.shape
     keys, kv_heads, _ = k.shape
     group = heads // kv_heads
-    config = configs.choose("dq", q)
     m, n = config.block_m, config.block_n
     tiled = q, k, v, grad_o, dq
     views, strides = configs.operands(tiled, (m, n, n, m, m), config)

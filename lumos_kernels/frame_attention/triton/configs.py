@@ -1,125 +1,25 @@
-"""How the kernels are cut: one configuration for each kernel, architecture, head size and element size.
+"""Which configuration a kernel takes, and which of the two backwards runs.
 
-A configuration comes from tuned.py where that has one. The tuner writes it after measuring on a GPU (python -m
-lumos_kernels.frame_attention.triton.tune). Else it comes from DEFAULTS, chosen by arithmetic and by what ptxas makes of
-them; docs/kernels.md says why. Nothing is measured at run time: a call inside a CUDA graph's capture launches what a
-call outside of it launches.
+A configuration comes from the first of these that has one: the user's table, which the tuner writes on the machine at
+hand (python -m lumos_kernels.frame_attention.triton.tune), the table in tuned.py, which is committed, and DEFAULTS.
+Nothing is measured at run time, and the tables are read once a process: a call inside a CUDA graph's capture launches
+what a call outside of it launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...launch import LaunchConfig
-from . import tuned
+from . import measured
+from .defaults import ARCHS, DEFAULTS, FP32, HEAD_DIMS, KERNELS, Config
 from .primitives import descriptor_rank, input_precision, operand, padded_head_dim
 
-KERNELS = ("forward", "dkdv", "dq", "fused")
-ARCHS = ("sm_80", "sm_90", "sm_100")
-HEAD_DIMS = (32, 64, 96, 128)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(LaunchConfig):
-    """The tiles of a kernel.
-
-    block_m: queries of a tile, a divisor of primitives.MAX_BLOCK.
-    block_n: keys of a tile.
-    descriptors: tiles come through host tensor descriptors (the copy engine, sm_90 and later) instead of pointers.
-    """
-
-    block_m: int
-    block_n: int
-    descriptors: bool
-
-
-def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, descriptors: bool) -> Config:
-    return Config(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages, descriptors=descriptors)
-
-
-# (kernel, architecture) -> head size -> configuration, for bf16 and fp16: block_m, block_n, warps, stages, descriptors.
-DEFAULTS: Mapping[tuple[str, str], Mapping[int, Config]] = {
-    ("forward", "sm_80"): {
-        32: _config(128, 64, 8, 3, False),
-        64: _config(128, 64, 8, 3, False),
-        96: _config(128, 64, 8, 2, False),
-        128: _config(128, 64, 8, 2, False),
-    },
-    ("forward", "sm_90"): {
-        32: _config(128, 128, 4, 2, True),
-        64: _config(128, 128, 4, 2, True),
-        96: _config(128, 128, 8, 2, True),
-        128: _config(128, 128, 8, 2, True),
-    },
-    ("forward", "sm_100"): {
-        32: _config(128, 128, 8, 2, True),
-        64: _config(128, 128, 8, 2, True),
-        96: _config(128, 128, 8, 2, True),
-        128: _config(128, 128, 8, 2, True),
-    },
-    ("dkdv", "sm_80"): {
-        32: _config(64, 64, 4, 2, False),
-        64: _config(32, 64, 4, 2, False),
-        96: _config(64, 64, 8, 1, False),
-        128: _config(64, 64, 8, 1, False),
-    },
-    ("dkdv", "sm_90"): {
-        32: _config(64, 128, 8, 2, True),
-        64: _config(64, 128, 8, 2, True),
-        96: _config(32, 128, 8, 2, True),
-        128: _config(64, 64, 4, 2, True),
-    },
-    ("dkdv", "sm_100"): {
-        32: _config(64, 128, 8, 2, True),
-        64: _config(64, 128, 8, 2, True),
-        96: _config(64, 64, 8, 2, True),
-        128: _config(64, 64, 8, 2, True),
-    },
-    ("dq", "sm_80"): {
-        32: _config(128, 64, 8, 2, False),
-        64: _config(64, 32, 4, 2, False),
-        96: _config(64, 64, 4, 2, False),
-        128: _config(64, 64, 4, 2, False),
-    },
-    ("dq", "sm_90"): {
-        32: _config(128, 64, 8, 2, True),
-        64: _config(128, 64, 8, 2, True),
-        96: _config(128, 64, 8, 2, True),
-        128: _config(128, 64, 8, 2, True),
-    },
-    ("dq", "sm_100"): {
-        32: _config(128, 128, 8, 2, True),
-        64: _config(128, 128, 8, 2, True),
-        96: _config(128, 64, 8, 2, True),
-        128: _config(128, 64, 8, 2, True),
-    },
-    ("fused", "sm_80"): {
-        32: _config(64, 32, 4, 2, False),
-        64: _config(64, 32, 4, 2, False),
-        96: _config(64, 64, 8, 1, False),
-        128: _config(64, 64, 8, 2, False),
-    },
-    ("fused", "sm_90"): {
-        32: _config(64, 128, 8, 2, True),
-        64: _config(64, 128, 8, 2, True),
-        96: _config(64, 64, 8, 2, True),
-        128: _config(64, 64, 8, 2, True),
-    },
-    ("fused", "sm_100"): {
-        32: _config(64, 128, 8, 2, True),
-        64: _config(64, 128, 8, 2, True),
-        96: _config(64, 64, 8, 2, True),
-        128: _config(64, 64, 8, 2, True),
-    },
-}
-
-# fp32 is there to be right, not fast. Its matmuls run on the FMA units, whose operands all have to fit in registers.
-FP32 = _config(32, 32, 8, 1, False)
+__all__ = ["ARCHS", "DEFAULTS", "FP32", "HEAD_DIMS", "KERNELS", "Config"]
 
 
 def family(arch: str | None) -> str:
@@ -134,27 +34,43 @@ def family(arch: str | None) -> str:
 
 def architecture(x: Tensor) -> str | None:
     """Return the architecture of the tensor's GPU, e.g. "sm_90", None for a CPU tensor."""
-    if not x.is_cuda:
-        return None
-    major, minor = torch.cuda.get_device_capability(x.device)
+    return _architecture(x.device.index) if x.is_cuda else None
+
+
+@functools.cache
+def _architecture(gpu: int) -> str:
+    major, minor = torch.cuda.get_device_capability(gpu)
     return f"sm_{major}{minor}"
 
 
+@functools.cache
+def table(gpu: int | None, arch: str) -> measured.Table:
+    """Return what was measured for a GPU, the user's measurements before the committed ones. gpu: None for the CPU."""
+    committed = measured.committed(arch)
+    return committed if gpu is None else committed.updated(measured.of_user(measured.machine(gpu), arch))
+
+
+def _table_for(q: Tensor) -> tuple[measured.Table, str]:
+    arch = family(architecture(q))
+    return table(q.device.index if q.is_cuda else None, arch), arch
+
+
 def choose(kernel: str, q: Tensor) -> Config:
-    """Return the configuration of one of KERNELS for q's architecture, head size and dtype."""
+    """Return the configuration of one of KERNELS for q's GPU, head size and dtype."""
     if q.dtype == torch.float32:
         return FP32
-    arch, head_dim = family(architecture(q)), q.shape[2]
-    measured = tuned.CONFIGS.get((kernel, arch, head_dim))
-    return DEFAULTS[kernel, arch][head_dim] if measured is None else Config(**measured)
+    found, arch = _table_for(q)
+    head_dim = q.shape[2]
+    return found.configs.get((kernel, head_dim)) or DEFAULTS[kernel, arch][head_dim]
 
 
 def fuses_backward(q: Tensor) -> bool:
     """Return whether the fused backward was measured to be faster here than the deterministic one.
 
-    The fused one is a single pass with fp32 atomics (5 matmuls), the deterministic one has two kernels (7 matmuls).
+    The fused one is a single pass with fp32 atomics (5 matmuls), the deterministic one has two kernels (7 matmuls). In
+    fp32 neither was measured.
     """
-    return (family(architecture(q)), q.shape[2]) in tuned.FUSED_BACKWARD
+    return q.dtype != torch.float32 and _table_for(q)[0].fused.get(q.shape[2], False)
 
 
 def operands(
@@ -176,5 +92,5 @@ def options(config: Config, q: Tensor, int64: bool) -> dict[str, object]:
         "RANK": descriptor_rank(q.shape[2]) if config.descriptors else 0,
         "INT64": int64,
         "PRECISION": input_precision(q.dtype),
-        **config.options(),
+        **config.options(fp_fusion=True),
     }

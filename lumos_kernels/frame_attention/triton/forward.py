@@ -18,6 +18,7 @@ from ... import kernel_types as kt
 from ... import tensors
 from ..contract import Inputs, Outputs
 from . import configs
+from .defaults import Config
 from .primitives import (
     LOG2_E,
     describable,
@@ -96,6 +97,11 @@ def _forward_kernel(
 
 def forward(inputs: Inputs) -> Outputs:
     """Attend in one launch; nothing waits for the GPU. contract.py says what comes in and goes out."""
+    return forward_with(configs.choose("forward", inputs.q), inputs)
+
+
+def forward_with(config: Config, inputs: Inputs) -> Outputs:
+    """Attend in a configuration that the caller chose."""
     q, k, v, limits, scale = inputs
     queries, heads, head_dim = q.shape
     keys, kv_heads, _ = k.shape
@@ -105,7 +111,6 @@ def forward(inputs: Inputs) -> Outputs:
         return Outputs(o.zero_(), lse.fill_(-torch.inf))
     if scale <= 0:  # max(s * c) is max(s) * c only for c > 0. Both rewrites are exact.
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    config = configs.choose("forward", q)
     if config.descriptors:
         q, k, v = map(describable, (q, k, v))
     blocks = config.block_m, config.block_n, config.block_n, config.block_m

@@ -1,41 +1,44 @@
-"""Measure the kernels' configurations on the GPU at hand and rewrite tuned.py.
+"""Measure the kernels' configurations on the GPU at hand, and keep the fastest.
 
-    python -m lumos_kernels.frame_attention.triton.tune --minutes 8     measures, writes tuned.py
+    python -m lumos_kernels.frame_attention.triton.tune --minutes 8     writes the user's table in the cache folder
+    python -m lumos_kernels.frame_attention.triton.tune --out FILE      writes a module like tuned.py instead
     python -m lumos_kernels.frame_attention.triton.tune --dry-run       lists what would be measured, on any machine
 
 Every candidate must first give what the default gives, to a rounding or two. Then the fastest by the median of repeated
-launches wins, and a default keeps its place unless it is beaten by MARGIN. Entries of other architectures stay. The
-time is shared evenly by what is left to measure, the training shapes first. What was not reached keeps its entry.
+launches wins, and a default keeps its place unless it is beaten by MARGIN. The fused backward is preferred at a head
+size where it beats the deterministic one by as much. The time is shared evenly by what is left to measure, the training
+shapes first. The table is written after each kernel, so a run that is cut short loses nothing; what was not reached
+keeps its entry.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from ...layout import Frame, FrameLayout, Text
 from ..contract import Inputs, OutputGradients
-from . import backward, configs, forward, tuned
-from .configs import Config
+from . import backward_deterministic, backward_fused, configs, forward, forward_with, measured, tuned
+from .defaults import ARCHS, DEFAULTS, KERNELS, VETTED, Config
+from .measured import Table
 from .primitives import MAX_BLOCK
 
 Call: TypeAlias = Callable[[], tuple[Tensor, ...]]
-Entries: TypeAlias = dict[tuple[str, str, int], dict[str, Any]]  # as tuned.CONFIGS
+Clock: TypeAlias = Callable[[Call], float]
 
 MARGIN = 0.98  # a change has to win 2 %: less is within what two runs differ by
 REPEATS = 10
-FILE = Path(tuned.__file__)
+FLUSHED_BYTES = 256 * 2**20  # more than any last-level cache
+HEAD_START_CYCLES = 4_000_000  # about 2 ms: the host takes less to enqueue a forward or a backward pass
+MOST_VETTED = 5
 
 
 class Shape(NamedTuple):
@@ -53,21 +56,29 @@ SHAPES = (Shape(64, 32, 8), Shape(128, 24, 8), Shape(96, 32, 8), Shape(32, 32, 8
 class Subject(NamedTuple):
     """One thing to decide."""
 
-    kernel: str  # of configs.KERNELS
+    kernel: str  # of KERNELS
     shape: Shape
 
 
-def subjects() -> list[Subject]:
-    return [Subject(kernel, shape) for shape in SHAPES for kernel in configs.KERNELS]
+def subjects(head_dims: Sequence[int] | None = None) -> list[Subject]:
+    """Return what there is to decide, for all head sizes where none are given."""
+    shapes = [shape for shape in SHAPES if head_dims is None or shape.head_dim in head_dims]
+    return [Subject(kernel, shape) for shape in shapes for kernel in KERNELS]
 
 
-def candidates(kernel: str, arch: str, head_dim: int) -> list[Config]:
-    """Return the default, then the configurations that differ from it in tile, warps, stages or loads."""
-    default = configs.DEFAULTS[kernel, arch][head_dim]
+def candidates(kernel: str, arch: str, head_dim: int, most: int | None = None) -> list[Config]:
+    """Return the default, the vetted configurations, then the others that fit, those most like the default first.
+
+    most: how many to return at most. Up to MOST_VETTED they are vetted ones alone, where there are any.
+    """
+    default = DEFAULTS[kernel, arch][head_dim]
+    first = [default, *VETTED.get((kernel, arch, head_dim), ())]
+    if len(first) > 1 and most is not None and most <= MOST_VETTED:
+        return first[:most]
     rows = (64, 128) if kernel in ("forward", "dq") else (32, 64, 128)
     columns = (64, 128)
     loads = (False,) if arch == "sm_80" else (True, False)
-    found = [default]
+    others = []
     for m, n, warps, stages, descriptors in itertools.product(rows, columns, (4, 8), (1, 2, 3), loads):
         config = Config(block_m=m, block_n=n, num_warps=warps, num_stages=stages, descriptors=descriptors)
         # The fp32 accumulators of a thread must leave some of its 255 registers: s (and dp), and what the program owns.
@@ -79,9 +90,21 @@ def candidates(kernel: str, arch: str, head_dim: int) -> list[Config]:
         shared = (2 * kept + 2 * streamed * stages) * head_dim * 2
         fits &= shared <= (99 if arch == "sm_80" else 227) * 1024
         same_way = descriptors == default.descriptors or stages == default.num_stages
-        if fits and same_way and MAX_BLOCK % m == 0 and config != default:
-            found.append(config)
-    return found
+        if fits and same_way and MAX_BLOCK % m == 0:
+            others.append(config)
+    others.sort(key=lambda config: _difference(config, default))
+    return list(dict.fromkeys([*first, *others]))[:most]
+
+
+def _difference(a: Config, b: Config) -> int:
+    """Return in how many fields two configurations differ. Pointers instead of descriptors count most."""
+    fields = a.block_m != b.block_m, a.block_n != b.block_n, a.num_warps != b.num_warps, a.num_stages != b.num_stages
+    return sum(fields) + 4 * (a.descriptors != b.descriptors)
+
+
+def vetted(arch: str, head_dim: int) -> dict[str, list[Config]]:
+    """Return at most MOST_VETTED configurations of each kernel, the default first: what to compile ahead and to try."""
+    return {kernel: candidates(kernel, arch, head_dim, MOST_VETTED) for kernel in KERNELS}
 
 
 class Data(NamedTuple):
@@ -104,36 +127,36 @@ def make_data(shape: Shape, device: str, frames: int = 7) -> Data:
     return Data(Inputs(q, k, v, layout.limits, head_dim**-0.5), normal(*q.shape))
 
 
-def runner(subject: Subject, data: Data) -> Call:
-    """Return a call that runs the kernel, with what belongs to it, in the configuration that configs.choose gives."""
-    if subject.kernel == "forward":
-        return lambda: forward(data.inputs)
-    outputs, grad = forward(data.inputs), OutputGradients(data.grad_o, None)
-    return lambda: backward(data.inputs, outputs, grad, deterministic=False)
+def runner(kernel: str, data: Data, dkdv: Config | None = None) -> Callable[[Config], Call]:
+    """Return what makes, of a configuration, a call that runs the kernel in it, with what belongs to it.
 
-
-def using(subject: Subject, config: Config) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which the subject's kernel takes `config`, and the others keep theirs."""
-    choose = configs.choose
-
-    def chosen(kernel: str, q: Tensor) -> Config:
-        return config if kernel == subject.kernel else choose(kernel, q)
-
-    return mock.patch.multiple(configs, choose=chosen, fuses_backward=lambda q: subject.kernel == "fused")
+    dkdv: the configuration of "dkdv" while "dq" is measured.
+    """
+    inputs = data.inputs
+    if kernel == "forward":
+        return lambda config: lambda: forward_with(config, inputs)
+    outputs, grad = forward(inputs), OutputGradients(data.grad_o, None)
+    if kernel == "fused":
+        return lambda config: lambda: backward_fused(inputs, outputs, grad, config=config)
+    if kernel == "dkdv":
+        return lambda config: lambda: backward_deterministic(inputs, outputs, grad, dkdv=config)
+    return lambda config: lambda: backward_deterministic(inputs, outputs, grad, dkdv=dkdv, dq=config)
 
 
 def seconds_on_gpu(call: Call) -> float:
-    """Return the median of REPEATS launches, by events."""
+    """Return the median of REPEATS launches, by events, with an empty L2 and a host that runs ahead."""
     call()
-    times: list[float] = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(REPEATS)]
+    for start, end in events:
+        flushed.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
         call()
         end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
+    torch.cuda.synchronize()
+    milliseconds: list[float] = [start.elapsed_time(end) for start, end in events]
+    return statistics.median(milliseconds) * 1e-3
 
 
 def agrees(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
@@ -152,41 +175,85 @@ class Verdict(NamedTuple):
     refused: list[tuple[Config, str]]  # configurations that do not compile or are wrong, and why
 
 
-def decide(
-    subject: Subject, arch: str, data: Data, deadline: float, measure: Callable[[Call], float] = seconds_on_gpu
-) -> Verdict:
-    """Return the fastest right configuration that was reached before the deadline (time.monotonic)."""
-    call = runner(subject, data)
-    default, *others = candidates(subject.kernel, arch, subject.shape.head_dim)
-    with using(subject, default):
-        expected, default_seconds = call(), measure(call)
+def decide(run: Callable[[Config], Call], found: Sequence[Config], deadline: float, clock: Clock) -> Verdict:
+    """Return the fastest right one of the configurations that was reached before the deadline (time.monotonic).
+
+    found: the default, then the others.
+    """
+    default, *others = found
+    expected, default_seconds = run(default)(), clock(run(default))
     refused: list[tuple[Config, str]] = []
     best, seconds, tried = default, MARGIN * default_seconds, 1
     for config in others:
         if time.monotonic() > deadline:
             break
         tried += 1
-        with using(subject, config):
-            try:
-                results = call()
-            except Exception as error:  # too much shared or tensor memory, or a defect of the compiler's
-                refused.append((config, f"{type(error).__name__}: {error}"))
-                continue
-            if not agrees(results, expected):
-                refused.append((config, "wrong result"))
-                continue
-            took = measure(call)
+        try:
+            results = run(config)()
+        except Exception as error:  # too much shared or tensor memory, or a defect of the compiler's
+            refused.append((config, f"{type(error).__name__}: {error}"))
+            continue
+        if not agrees(results, expected):
+            refused.append((config, "wrong result"))
+            continue
+        took = clock(run(config))
         if took < seconds:
             best, seconds = config, took
     return Verdict(best, default_seconds if best == default else seconds, default_seconds, tried, refused)
+
+
+def tune(
+    arch: str,
+    minutes: float,
+    todo: Sequence[Subject],
+    store: Callable[[Table], object],
+    *,
+    most: int | None = None,
+    device: str = "cuda",
+    clock: Clock = seconds_on_gpu,
+    report: Callable[[str], None] = print,
+) -> Table:
+    """Return what was measured. store gets all that is decided so far, after each subject.
+
+    most: candidates of a kernel at most.
+    """
+    found = Table({}, {})
+    took: dict[tuple[str, int], float] = {}
+    end = time.monotonic() + 60 * minutes
+    for number, (kernel, shape) in enumerate(todo):
+        now, head_dim = time.monotonic(), shape.head_dim
+        if now >= end:
+            report(f"time is up: {len(todo) - number} of {len(todo)} keep their entries")
+            break
+        run = runner(kernel, make_data(shape, device), found.configs.get(("dkdv", head_dim)))
+        deadline = now + (end - now) / (len(todo) - number)
+        verdict = decide(run, candidates(kernel, arch, head_dim, most), deadline, clock)
+        took[kernel, head_dim] = verdict.seconds
+        fused = {}
+        if kernel == "fused" and ("dq", head_dim) in took:
+            # Both times are of a whole backward. That of "dq" is the deterministic one with its best dk, dv and dq.
+            fused[head_dim] = verdict.seconds < MARGIN * took["dq", head_dim]
+        found = found.updated(Table({(kernel, head_dim): verdict.config}, fused))
+        store(found)
+        report(
+            f"{kernel} D={head_dim}: {verdict.config}, {1e3 * verdict.seconds:.3f} ms"
+            f" (default {1e3 * verdict.default_seconds:.3f} ms), {verdict.tried} tried"
+        )
+        for config, reason in verdict.refused:
+            report(f"    refused {config}: {reason.splitlines()[0][:160]}")
+    return found
 
 
 def _literal(entry: dict[str, Any]) -> str:
     return "{" + ", ".join(f'"{name}": {value!r}' for name, value in entry.items()) + "}"
 
 
-def source(entries: Entries, fused: frozenset[tuple[str, int]], note: str) -> str:
-    """Return the text of tuned.py."""
+def source(arch: str, found: Table, note: str) -> str:
+    """Return the text of tuned.py with the entries of an architecture replaced by those found; the others stay."""
+    entries = dict(tuned.CONFIGS)
+    entries |= {(k, arch, d): measured.fields_of(config) for (k, d), config in found.configs.items()}
+    fused = {key for key in tuned.FUSED_BACKWARD if key[0] != arch or key[1] not in found.fused}
+    fused |= {(arch, head_dim) for head_dim, wins in found.fused.items() if wins}
     lines = [
         '"""Written by python -m lumos_kernels.frame_attention.triton.tune: what was measured fastest, and where.',
         "",
@@ -197,7 +264,7 @@ def source(entries: Entries, fused: frozenset[tuple[str, int]], note: str) -> st
         "",
         "from typing import Any",
         "",
-        "# (kernel, architecture, head size) -> the fields of a configs.Config",
+        "# (kernel, architecture, head size) -> the fields of a Config",
         "CONFIGS: dict[tuple[str, str, int], dict[str, Any]] = {",
         *(f'    ("{k}", "{a}", {d}): {_literal(entries[k, a, d])},' for k, a, d in sorted(entries)),
         "}",
@@ -213,77 +280,41 @@ def source(entries: Entries, fused: frozenset[tuple[str, int]], note: str) -> st
     return "\n".join(lines)
 
 
-def tune(
-    arch: str,
-    minutes: float,
-    device: str = "cuda",
-    measure: Callable[[Call], float] = seconds_on_gpu,
-    report: Callable[[str], None] = print,
-    make: Callable[[Shape, str], Data] = make_data,
-    todo: list[Subject] | None = None,
-) -> tuple[Entries, frozenset[tuple[str, int]]]:
-    """Return the table's entries after measuring: the earlier ones, changed where something was decided now."""
-    entries, fused = dict(tuned.CONFIGS), set(tuned.FUSED_BACKWARD)
-    todo = subjects() if todo is None else todo
-    end = time.monotonic() + 60 * minutes
-    backward_seconds: dict[tuple[str, int], float] = {}
-    for number, subject in enumerate(todo):
-        now = time.monotonic()
-        if now >= end:
-            report(f"time is up: {len(todo) - number} of {len(todo)} keep their entries")
-            break
-        head_dim = subject.shape.head_dim
-        # The winners so far serve while the next kernel is measured: dq after dk and dv.
-        with mock.patch.object(tuned, "CONFIGS", entries):
-            data = make(subject.shape, device)
-            verdict = decide(subject, arch, data, now + (end - now) / (len(todo) - number), measure)
-        entries[subject.kernel, arch, head_dim] = fields_of(verdict.config)
-        backward_seconds[subject.kernel, head_dim] = verdict.seconds
-        report(
-            f"{subject.kernel} D={head_dim}: {verdict.config}, {1e3 * verdict.seconds:.3f} ms"
-            f" (default {1e3 * verdict.default_seconds:.3f} ms), {verdict.tried} tried"
-        )
-        for config, reason in verdict.refused:
-            report(f"    refused {config}: {reason.splitlines()[0][:160]}")
-        if subject.kernel == "fused" and ("dq", head_dim) in backward_seconds:
-            # Both times are of a whole backward. That of "dq" is the deterministic one with its best dk, dv and dq.
-            wins = verdict.seconds < MARGIN * backward_seconds["dq", head_dim]
-            (fused.add if wins else fused.discard)((arch, head_dim))
-    return entries, frozenset(fused)
-
-
-def fields_of(config: Config) -> dict[str, Any]:
-    """Return the fields that are set, as a table entry has them."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-
-
-def plan(arch: str) -> Iterator[str]:
+def plan(arch: str, todo: Sequence[Subject], most: int | None) -> Iterator[str]:
     """Yield what a dry run prints: the number of candidates of each subject, and its default."""
-    for subject in subjects():
-        found = candidates(subject.kernel, arch, subject.shape.head_dim)
-        yield f"{subject.kernel} D={subject.shape.head_dim}: {len(found)} candidates, default {found[0]}"
+    for kernel, shape in todo:
+        found = candidates(kernel, arch, shape.head_dim, most)
+        yield f"{kernel} D={shape.head_dim}: {len(found)} candidates, default {found[0]}"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="to measure for, at most")
-    parser.add_argument("--out", type=Path, default=FILE, help="the table to write (default: the package's own)")
+    parser.add_argument("--out", type=Path, help="a Python file to write, not the user's table in the cache folder")
+    parser.add_argument("--candidates", type=int, help=f"of a kernel, at most; the first {MOST_VETTED} are vetted")
+    parser.add_argument("--head-dims", default="", help="e.g. 64,128; all where not given")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates; write nothing")
-    parser.add_argument("--arch", choices=configs.ARCHS, default="sm_90", help="of a dry run")
+    parser.add_argument("--arch", choices=ARCHS, default="sm_90", help="of a dry run")
     options = parser.parse_args(arguments)
+    todo = subjects([int(text) for text in options.head_dims.split(",")] if options.head_dims else None)
     if options.dry_run:
-        print("\n".join(plan(options.arch)))
+        print("\n".join(plan(options.arch, todo, options.candidates)))
         return
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device to measure on; --dry-run lists what would be measured")
-    name = torch.cuda.get_device_name()
+    name = measured.machine()
     arch = configs.family(configs.architecture(torch.empty(0, device="cuda")))
-    entries, fused = tune(arch, options.minutes)
-    import triton
 
-    note = f"Last run: {name} ({arch}), torch {torch.__version__}, triton {triton.__version__}."
-    options.out.write_text(source(entries, fused, note), encoding="utf-8")
-    print(f"wrote {options.out}")
+    def store(found: Table) -> None:
+        if options.out is None:
+            measured.save(name, found)
+        else:  # in one step: a run may be killed while it writes
+            scratch = options.out.with_name(f".{options.out.name}.partial")
+            scratch.write_text(source(arch, found, f"Last run: {name} ({arch})."), encoding="utf-8")
+            scratch.replace(options.out)
+
+    tune(arch, options.minutes, todo, store, most=options.candidates)
+    print(f"wrote {options.out or measured.path()}")
 
 
 if __name__ == "__main__":

@@ -218,8 +218,9 @@ def _add_partials(q_side: Side, k_side: Side, splits: int) -> tuple[Norm | None,
         grid = (q_sums.rows + k_sums.rows, 2 * head_dim // configs.SUM_COLUMNS)
         counts = q_side.groups_per_row * splits, k_side.groups_per_row * splits  # partials of a row
         _sum_partials_kernel[grid](
-            q_sums, k_sums, *counts, head_dim, BLOCK_N=configs.SUM_PARTIALS, BLOCK_C=configs.SUM_COLUMNS, num_warps=8
-        )
+            q_sums, k_sums, *counts, head_dim, BLOCK_N=configs.SUM_PARTIALS, BLOCK_C=configs.SUM_COLUMNS,
+            num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
     dq_norm, dk_norm = (
         None if sums.dweight is None or sums.dbias is None else Norm(sums.dweight, sums.dbias)
         for sums in (q_sums, k_sums)

@@ -41,11 +41,16 @@ FORWARD = {
 BACKWARD = FORWARD
 
 # For dweight and dbias the token blocks are cut into at most this many splits, each with its own partial sum. The cut
-# depends on T alone, so the sums are the same on every GPU. Partials of full groups cost 1/190 of the traffic.
-MAX_SPLITS = 1024
-# The second stage adds SUM_PARTIALS partials at once in SUM_COLUMNS columns: 16 of fp32 are 64 bytes, and head_dim is a
-# multiple of 32.
-SUM_PARTIALS, SUM_COLUMNS = 512, 16
+# depends on T alone, so the sums are the same on every GPU. Partials of full groups cost at most 1/190 of the traffic.
+# With 5 groups of heads (the 1B model) there are 1,280 to 2,560 programs once T exceeds 8,192. An H100 holds 396 at a
+# time, so the last, partly filled round is at most a quarter of the work. Twice as many splits would shorten that
+# round, but double what the second stage reads.
+MAX_SPLITS = 512
+# A program of the second stage takes SUM_COLUMNS columns: 8 of fp32 are 32 bytes, the least that memory gives, and a
+# divisor of every head_dim. With one row for each norm that makes 2 * 2 * D / 8 programs, 32 at D = 64. It adds
+# SUM_PARTIALS partials at once, 32 KB in flight. The 1B model has at most 4 * 512 partials of q, which take two rounds
+# of loads from L2, about 1 us each.
+SUM_PARTIALS, SUM_COLUMNS = 1024, 8
 
 
 def choose(table: Mapping[int, Config], x: Tensor) -> Config:
@@ -62,6 +67,5 @@ def options(config: Config, head_dim: int, int64: bool) -> dict[str, object]:
         "BLOCK_T": config.block_tokens,
         "HEADS": config.heads,
         "INT64": int64,
-        "enable_fp_fusion": False,  # primitives.token_cos_sin says why
-        **config.options(),
+        **config.options(fp_fusion=False),  # primitives.token_cos_sin says why
     }

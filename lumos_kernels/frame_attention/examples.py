@@ -1,0 +1,130 @@
+"""The problems on which implementations of frame_attention are compared with the reference."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..examples import DETERMINISTIC, Change, Draw, Example, Values, spoiled
+from ..layout import RowLimits
+from .api import frame_attention
+from .contract import Inputs, OutputGradients
+
+FUSED = "fused"  # one pass that adds the parts of dq by atomics, in an order that differs from run to run
+KINDS = {"triton": (DETERMINISTIC, FUSED)}
+HEAD_DIMS = (32, 64, 96, 128)
+_LOG2_E = 1.4426950408889634
+
+
+class AttentionExample(Example):
+    """A call of frame_attention."""
+
+    def outputs(self, impl: str, args: Mapping[str, Any]) -> Values:
+        """Return o and lse."""
+        o, lse = frame_attention(**args, return_lse=True, deterministic=True, impl=impl)
+        return {"o": o, "lse": lse}
+
+    def run(self, impl: str) -> Values:
+        """Return o, lse and the gradients. The fused backward is called by its name: no option asks for it."""
+        if self.kind != FUSED:
+            return super().run(impl)
+        triton: Any = importlib.import_module(f"{__package__}.triton")
+        args = self.args
+        inputs = Inputs(args["q"], args["k"], args["v"], args["limits"], args["q"].shape[2] ** -0.5)
+        outputs = triton.forward(inputs)
+        grad = OutputGradients(self.upstream["o"], self.upstream.get("lse"))
+        gradients = triton.backward_fused(inputs, outputs, grad)
+        return {"o": outputs.o, "lse": outputs.lse, "dq": gradients.q, "dk": gradients.k, "dv": gradients.v}
+
+    def eager(self) -> Values:
+        """Return the results of dense matmuls. p and its gradient are rounded to the dtype before their matmuls."""
+        q, k, v = (self.args[name] for name in ("q", "k", "v"))
+        dtype, group, scale = q.dtype, q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+        q_, k_, v_ = (x.float().transpose(0, 1) for x in (q, k, v))
+        k_, v_ = (x.repeat_interleave(group, 0) for x in (k_, v_))
+        visible = self.args["limits"].dense_mask()
+        s = (q_ @ k_.mT * (scale * _LOG2_E)).masked_fill(~visible, -torch.inf)
+        lse = torch.logsumexp(s / _LOG2_E, -1)
+        exact_p = torch.where(visible, torch.exp2(s - lse[..., None] * _LOG2_E), 0.0)
+        p = exact_p.to(dtype).float()
+        o = (p @ v_).to(dtype)
+        do = self.upstream["o"].float().transpose(0, 1)
+        delta = (do * o.float()).sum(-1) - self.upstream.get("lse", 0.0)
+        ds = (exact_p * (do @ v_.mT - delta[..., None])).to(dtype).float()
+        dq, dk, dv = scale * (ds @ k_), scale * (ds.mT @ q_), p.mT @ do
+        dk, dv = (x.unflatten(0, (-1, group)).sum(1) for x in (dk, dv))
+        o, dq, dk, dv = (x.transpose(0, 1).to(dtype) for x in (o, dq, dk, dv))
+        return {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+    def changes(self) -> Iterator[Change]:
+        """Yield the change of everything that a row's limits hide from the first half of the rows."""
+        q, k, v = (self.args[name] for name in ("q", "k", "v"))
+        limits: RowLimits = self.args["limits"]
+        cut = limits.num_queries // 2
+        last = int(limits.kv_end[:cut].max())
+        if last == limits.num_keys:
+            return
+        upstream = {name: g.clone() for name, g in self.upstream.items()}
+        upstream["o"][cut:] = 0
+        if "lse" in upstream:
+            upstream["lse"][:, cut:] = 0
+        plain = self.replace(upstream)
+        changed = plain.replace(
+            q=spoiled(q, slice(cut, None)), k=spoiled(k, slice(last, None)), v=spoiled(v, slice(last, None))
+        )
+        rows, keys = slice(0, cut), slice(0, last)
+        unaffected: dict[str, Any] = {"o": rows, "lse": (slice(None), rows), "dk": keys, "dv": keys}
+        if self.kind == DETERMINISTIC:
+            unaffected["dq"] = rows
+        yield Change("later keys", plain, changed, unaffected)
+
+
+def examples(dtype: torch.dtype, head_dim: int, device: torch.device) -> Iterator[AttentionExample]:
+    """Yield packed documents with rows without keys, and a sliding window over a longer cache.
+
+    The first one has groups of four query heads, slices of a fused projection, a gradient of lse and scores so large
+    that the online softmax must follow the running maximum. Neither length is a multiple of a tile.
+    """
+    for name, limits, heads, kv_heads, with_lse in (
+        ("documents, fused projection", _documents(device), 8, 2, True),
+        ("window over a cache", _window(device), 3, 3, False),
+    ):
+        queries, keys = limits.num_queries, limits.num_keys
+        draw = Draw(keys, dtype, device)
+        if queries == keys:
+            q, k, v = draw.normal(keys, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], 1)
+        else:
+            q, k, v = (draw.normal(n, h, head_dim) for n, h in ((queries, heads), (keys, kv_heads), (keys, kv_heads)))
+        q[:, 1::2] *= 4
+        upstream = {"o": draw.normal(queries, heads, head_dim)}
+        if with_lse:
+            upstream["lse"] = draw.normal(heads, queries).float()
+        yield AttentionExample(name, {"q": q, "k": k, "v": v, "limits": limits}, ("q", "k", "v"), upstream)
+
+
+def _documents(device: torch.device) -> RowLimits:
+    """Return the limits of 37 tokens of text and frames of 150, then of a second document whose first rows see nothing.
+
+    Some tiles of 128 x 128 lie inside the frames. Others are cut by a frame, by the diagonal or by the next document.
+    """
+    text, frame, first, total = 37, 150, 487, 687
+    row = torch.arange(total, dtype=torch.int64, device=device)
+    in_frames = text + ((row - text) // frame + 1) * frame
+    end = torch.where((row >= text) & (row < first), in_frames, row + 1)
+    end = torch.where((row >= first) & (row < first + 10), first, end)
+    return _limits(torch.where(row < first, 0, first), end, total)
+
+
+def _window(device: torch.device) -> RowLimits:
+    """Return the limits of 165 queries against a cache of 421 keys: blocks of 33 rows see the 190 keys before them."""
+    row = torch.arange(165, dtype=torch.int64, device=device)
+    end = 421 - 165 + (row // 33 + 1) * 33
+    return _limits(end - 190, end, 421)
+
+
+def _limits(start: Tensor, end: Tensor, keys: int) -> RowLimits:
+    return RowLimits.from_kv(start, end, keys, check=False)
