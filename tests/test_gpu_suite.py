@@ -83,8 +83,10 @@ def test_what_starts_the_processes_imports_no_torch():
 
 
 @pytest.fixture
-def run_items(tmp_path):
+def run_items(tmp_path, monkeypatch):
     """Runs stand-ins for items: name -> (share, function). Returns the Run and what is on file."""
+
+    monkeypatch.setattr(worker, "SHORTEST", 0.1)
 
     def go(behaviour, seconds=10.0):
         run = Run(tmp_path / "record.json", tmp_path, tmp_path, dry_run=True)
@@ -109,8 +111,8 @@ def test_items_are_kept_whatever_became_of_them(run_items):
         while True:
             time.sleep(5)
 
-    behaviour = {"right": (1, right), "wrong": (1, wrong), "endless": (0.3, endless), "last": (9, right)}
-    _, found = run_items(behaviour, seconds=2)
+    behaviour = {"right": (2, right), "wrong": (2, wrong), "endless": (1, endless), "last": (3, right)}
+    _, found = run_items(behaviour, seconds=4)
     assert {name: item["status"] for name, item in found["items"].items()} == {
         "right": "ok",
         "wrong": "failed",
@@ -338,11 +340,17 @@ def test_shares_of_the_items_fit_their_processes():
 
 SYNTHETIC = """
 import time, pytest
+lost = False
+@pytest.fixture(autouse=True)
+def in_a_process_with_a_device():
+    assert not lost
 @pytest.mark.parametrize("op, impl", [("mm_rope", "triton")])
 @pytest.mark.parametrize("number", range(4))
 def test_right(op, impl, number):
     pass
 def test_lost():
+    global lost
+    lost = True
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 def test_hangs():
     time.sleep(60)

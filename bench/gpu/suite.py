@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import rivals_site
 from bench.gpu import gates, proof, results, summary
 from bench.gpu.processes import kill_group, read_json, start, tail, write_json, write_text
 
@@ -124,8 +125,6 @@ class Call:
         own = {"LUMOS_CACHE_DIR": str(work / "cache"), "TRITON_INTERPRET": "0"}
         if self.rivals_site is None or stage.name != "compare":
             return own
-        from bench import rivals_site
-
         return {**own, **rivals_site.environment(self.rivals_site)}
 
     def _watch(self, process: subprocess.Popen, stage: Stage, record: Path, end: float) -> bool:

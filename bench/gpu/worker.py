@@ -25,6 +25,7 @@ from bench.gpu.machine import Clocks
 from bench.gpu.processes import write_json
 
 LOST = 3  # exit status of a process whose device is lost
+SHORTEST = 1.0  # seconds: with less left for it, an item is not started
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def run_items(run: Run, todo: Sequence[Item], seconds: float, clocks: Clocks) ->
         left = end - time.monotonic()
         later = scale * sum(other.seconds for other in todo[number + 1 :])
         limit = max(min(scale * item.seconds, left), left - later)
-        if limit <= 0:
+        if limit < SHORTEST:
             run.items[item.name] = {"status": "not started", "seconds": 0.0, "data": {}}
             run.save()
             continue
