@@ -26,7 +26,7 @@ import torch
 
 from . import battery, cache, examples
 from .battery import Finding, Subject
-from .dispatch import Op, Problem, architecture
+from .dispatch import Op, Problem, architecture, needs_self_check
 from .errors import dtype_name
 from .examples import DETERMINISTIC
 
@@ -73,6 +73,14 @@ def stored(op: Op[Any], impl: str, problem: Problem, kind: str = DETERMINISTIC) 
             return None
         _verdicts[file, name] = Verdict(entry["passed"], str(entry.get("error", "")))
     return _verdicts[file, name]
+
+
+def allows(op: Op[Any], impl: str, problem: Problem, kind: str) -> bool:
+    """Return whether a kind of backward may run: it has passed, or needs no self-check. Nothing is run."""
+    if not needs_self_check(impl, problem):
+        return True
+    found = stored(op, impl, problem, kind)
+    return found is not None and found.passed
 
 
 def verdict(op: Op[Any], impl: str, problem: Problem) -> Verdict | None:

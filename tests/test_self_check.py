@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pretend_gpu
 import pytest
@@ -361,3 +362,11 @@ def test_the_driver_is_read_from_the_kernel_module(monkeypatch, tmp_path):
     file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Wed Aug 27 2025\nGCC version: 12\n")
     monkeypatch.setattr(self_check, "DRIVER_FILE", file)
     assert self_check.driver() == "580.82.07"
+
+
+def test_rocm_is_told_by_its_architecture(monkeypatch):
+    dispatch.architecture.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(gcnArchName="gfx942:sramecc+"))
+    assert dispatch.architecture(0) == "gfx942"
+    dispatch.architecture.cache_clear()

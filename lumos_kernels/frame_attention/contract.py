@@ -105,6 +105,9 @@ OP: dispatch.Op[Implementation] = dispatch.register(
 # Implementations that are SelfDifferentiating. Under autograd of our own they would run their forward twice.
 SELF_DIFFERENTIATING = frozenset({"flash"})
 
+# The kind of backward that is one pass: it adds the parts of dq by atomics, in an order that differs from run to run.
+FUSED = "fused"
+
 if TYPE_CHECKING:  # mypy holds every implementation to the Protocol
     from . import flash, native, reference, triton
 

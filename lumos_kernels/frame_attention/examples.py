@@ -12,9 +12,8 @@ from torch import Tensor
 from ..examples import DETERMINISTIC, Change, Draw, Example, Values, spoiled
 from ..layout import RowLimits
 from .api import frame_attention
-from .contract import Inputs, OutputGradients
+from .contract import FUSED, Inputs, OutputGradients
 
-FUSED = "fused"  # one pass that adds the parts of dq by atomics, in an order that differs from run to run
 KINDS = {"triton": (DETERMINISTIC, FUSED)}
 HEAD_DIMS = (32, 64, 96, 128)
 _LOG2_E = 1.4426950408889634

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lumos_kernels import Frame, FrameLayout, RowLimits, Text, frame_attention
+from lumos_kernels import Frame, FrameLayout, RowLimits, Text, frame_attention, self_check
 from lumos_kernels.frame_attention import triton as kernels
 from lumos_kernels.frame_attention.contract import Inputs, OutputGradients
 from lumos_kernels.frame_attention.triton import configs, tuned
@@ -42,6 +42,7 @@ def as_on(arch: str = "sm_90", fused: bool = False, config: configs.Config | Non
             mock.patch.object(configs, "architecture", return_value=arch if arch in ARCHS else ARCHS[-1])
         )
         stack.enter_context(mock.patch.object(configs, "fuses_backward", return_value=fused))
+        stack.enter_context(mock.patch.object(self_check, "allows", return_value=True))
         if config is not None and INTERPRETED:  # a GPU has the time for its own tiles, and not the memory for others
             stack.enter_context(mock.patch.object(configs, "choose", return_value=config))
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import triton
@@ -16,8 +18,9 @@ from frame_attention_cases import (
     measured_as,
 )
 
-from lumos_kernels import Frame, Text, cache, dispatch
+from lumos_kernels import Frame, Text, cache, dispatch, self_check
 from lumos_kernels.dispatch import Problem
+from lumos_kernels.frame_attention.contract import Inputs
 from lumos_kernels.frame_attention.triton import configs, measured, primitives, tune
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -69,7 +72,6 @@ def test_only_some_head_sizes_and_dtypes_are_run():
     assert "float64" in op.refusal("triton", Problem("cuda", torch.float64, 64, "sm_90"))
     for head_dim in configs.HEAD_DIMS:
         assert op.refusal("triton", Problem("cuda", BF16, head_dim, "sm_90")) is None
-    assert "not yet proven" in op.refusal("triton", Problem("cuda", BF16, 64, "sm_90"), automatic=True)
 
 
 def test_every_kernel_has_a_configuration_everywhere_and_measured_ones_come_first(device):
@@ -166,3 +168,22 @@ def test_a_broken_table_is_ignored_with_a_warning(cache_folder, caplog):
     caplog.clear()
     assert measured.of_user("here", "sm_90") == ({}, {})
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("allowed", "deterministic", "ran"),
+    [(True, False, "fused"), (False, False, "deterministic"), (True, True, "deterministic")],
+)
+def test_the_fused_backward_needs_its_self_check_and_nobody_who_asks_for_equal_bits(
+    allowed, deterministic, ran, monkeypatch, device
+):
+    module = importlib.import_module("lumos_kernels.frame_attention.triton.backward")  # the name is the function's too
+    q = torch.empty(1, 1, 64, dtype=BF16, device=device)
+    called = []
+    monkeypatch.setattr(configs, "fuses_backward", lambda q: True)
+    asked = "frame_attention", "triton", Problem.of(q, 64), "fused"
+    monkeypatch.setattr(self_check, "allows", lambda op, *rest: (op.name, *rest) == asked and allowed)
+    for name in ("fused", "deterministic"):
+        monkeypatch.setattr(module, f"backward_{name}", lambda *_, name=name: called.append(name))
+    module.backward(Inputs(q, q, q, limits_of([Text(1)]), 0.125), None, None, deterministic=deterministic)
+    assert called == [ran]

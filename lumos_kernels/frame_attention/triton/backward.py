@@ -8,9 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import tensors
+from ... import self_check, tensors
+from ...dispatch import Problem
 from ...layout import RowLimits
-from ..contract import Gradients, Inputs, OutputGradients, Outputs
+from ..contract import FUSED, OP, Gradients, Inputs, OutputGradients, Outputs
 from . import configs
 from .backward_kernels import _delta_kernel, _key_kernel, _query_kernel, _round_kernel
 from .defaults import Config
@@ -61,12 +62,14 @@ def _statistics(outputs: Outputs, grad: OutputGradients) -> Tensor:
 
 
 def backward(inputs: Inputs, outputs: Outputs, grad: OutputGradients, *, deterministic: bool) -> Gradients:
-    """Return the gradients. The fused backward serves where a measurement prefers it and nobody asks for equal bits.
+    """Return the gradients. Nothing waits for the GPU.
 
-    Nothing waits for the GPU.
+    The fused backward serves where nobody asks for equal bits, a measurement prefers it and its self-check has passed.
     """
     if not deterministic and configs.fuses_backward(inputs.q):
-        return backward_fused(inputs, outputs, grad)
+        problem = Problem.of(inputs.q, inputs.q.shape[2])
+        if self_check.allows(OP, "triton", problem, FUSED):
+            return backward_fused(inputs, outputs, grad)
     return backward_deterministic(inputs, outputs, grad)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ... import dispatch
 from . import measured
 from .defaults import ARCHS, DEFAULTS, FP32, HEAD_DIMS, KERNELS, Config
 from .primitives import descriptor_rank, input_precision, operand, padded_head_dim
@@ -34,13 +35,7 @@ def family(arch: str | None) -> str:
 
 def architecture(x: Tensor) -> str | None:
     """Return the architecture of the tensor's GPU, e.g. "sm_90", None for a CPU tensor."""
-    return _architecture(x.device.index) if x.is_cuda else None
-
-
-@functools.cache
-def _architecture(gpu: int) -> str:
-    major, minor = torch.cuda.get_device_capability(gpu)
-    return f"sm_{major}{minor}"
+    return dispatch.architecture(x.device.index) if x.is_cuda else None
 
 
 @functools.cache
