@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
-import itertools
 import multiprocessing
 import os
 import sys
@@ -57,45 +56,35 @@ def subjects() -> list[Subject]:
 
 def tuned_subjects(count: int = CANDIDATES) -> Iterator[Subject]:
     """Yield attention at the head sizes of the models in each configuration that the tuner tries."""
-    from lumos_kernels.frame_attention.triton import configs
-
-    for kernel, model in itertools.product(configs.KERNELS, (M1B, M3B)):
-        for config in vetted(kernel, model.head_dim)[:count]:
-            name = f"frame_attention {kernel} D={model.head_dim} {tuple(vars(config).values())}"
-            yield Subject(name, functools.partial(_attention, kernel, model, config))
-
-
-def vetted(kernel: str, head_dim: int) -> list[Any]:
-    """Return the configurations of a kernel on the GPU's architecture that the tuner tries, the default first."""
     from lumos_kernels.frame_attention.triton import tune
 
-    arch = f"sm_{ARCH}"
-    if hasattr(tune, "vetted"):
-        return tune.vetted(arch, head_dim)[kernel]
-    return tune.candidates(kernel, arch, head_dim)
+    for model in (M1B, M3B):
+        for kernel, configs in tune.vetted(f"sm_{ARCH}", model.head_dim).items():
+            for config in configs[:count]:
+                name = f"frame_attention {kernel} D={model.head_dim} {tuple(vars(config).values())}"
+                yield Subject(name, functools.partial(_attention, kernel, model, config))
 
 
 def _attention(kernel: str, model: Any, config: Any) -> None:
     """Call the host function that launches the kernel, with its gradients as a training step has them."""
     from lumos_kernels import RowLimits
+    from lumos_kernels.frame_attention import triton
     from lumos_kernels.frame_attention.contract import Inputs, OutputGradients, Outputs
-    from lumos_kernels.frame_attention.triton import backward, configs, forward
 
-    heads, kv_heads, choose = model.heads, model.kv_heads, configs.choose
+    heads, kv_heads = model.heads, model.kv_heads
     qkv = torch.empty(TOKENS, heads + 2 * kv_heads, model.head_dim, dtype=torch.bfloat16)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
     limits = RowLimits(*(torch.zeros(TOKENS, dtype=torch.int32) for _ in range(4)))
     inputs = Inputs(q, k, v, limits, model.head_dim**-0.5)
-    chosen = {
-        "choose": lambda name, q: config if name == kernel else choose(name, q),
-        "fuses_backward": lambda q: kernel == "fused",
-    }
-    with mock.patch.multiple(configs, **chosen):
-        if kernel == "forward":
-            forward(inputs)
-        else:
-            o, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(heads, TOKENS)
-            backward(inputs, Outputs(o, lse), OutputGradients(torch.empty_like(o), None), deterministic=False)
+    if kernel == "forward":
+        triton.forward_with(config, inputs)
+        return
+    o, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(heads, TOKENS)
+    outputs, grad = Outputs(o, lse), OutputGradients(torch.empty_like(o), None)
+    if kernel == "fused":
+        triton.backward_fused(inputs, outputs, grad, config=config)
+    else:
+        triton.backward_deterministic(inputs, outputs, grad, **{kernel: config})
 
 
 def _harness() -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,12 +17,7 @@ def backward_fused(impl: str, inputs: Inputs, outputs: Outputs, grad: OutputGrad
     module: Any = importlib.import_module(f"lumos_kernels.frame_attention.{impl}")
     if hasattr(module, "backward_fused"):
         return module.backward_fused(inputs, outputs, grad)
-    if impl != "triton":
-        return module.backward(inputs, outputs, grad, deterministic=False)
-    from lumos_kernels.frame_attention.triton import configs
-
-    with mock.patch.object(configs, "fuses_backward", return_value=True):
-        return module.backward(inputs, outputs, grad, deterministic=False)
+    return module.backward(inputs, outputs, grad, deterministic=False)
 
 
 class _Attention(torch.autograd.Function):

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench import environment, timing
-from lumos_kernels import dispatch
+from bench.gpu.tests import own_implementations
+from lumos_kernels import dispatch, examples, self_check
 from lumos_kernels.dispatch import Problem
 
 if TYPE_CHECKING:
     from bench.gpu.worker import Run
 
+HEAD_DIMS = (64, 128)  # of the 1B and the 3B model
 COPY_BYTES, MATMUL_SIZE = 2**31, 8192
 # Name in a result -> field of nvidia-smi. The units are MHz, W, degrees Celsius and MiB.
 FIELDS = {
@@ -82,8 +84,20 @@ def describe(run: Run) -> None:
     run["nvidia_smi"] = _output("nvidia-smi")
 
 
-def backends(run: Run) -> None:
-    """Record which implementation "auto" takes here, and why."""
+def check(run: Run) -> None:
+    """Record the self-checks of our kernels at the models' head sizes, then what "auto" takes. Until its self-check has
+    passed, the fused backward does not serve a public call, whatever the tuned table prefers.
+    """
+    run["verdicts"] = {}
+    for name, impl in [] if run.dry_run else own_implementations():  # a CPU has no verdicts
+        op = dispatch.ops()[name]
+        for head_dim in HEAD_DIMS:
+            problem = Problem.of(torch.empty(0, dtype=torch.bfloat16, device=run.device), head_dim)
+            self_check.verdict(op, impl, problem)
+            for kind in examples.kinds(op, impl):
+                found = self_check.stored(op, impl, problem, kind)
+                title = self_check.title(op, impl, problem, kind)
+                run["verdicts"] = {**run["verdicts"], title: found and found._asdict()}
     run["backends"] = [asdict(row) for row in dispatch.table()]
 
 

@@ -182,6 +182,8 @@ def _rest(result: Mapping[str, Any]) -> list[str]:
                 f", frames equal to those without graphs: {found['frames_equal']}" if "frames_equal" in found else ""
             )
             lines += [f"{name}: seconds of each frame {seconds} ({found.get('result')}){equal}.", ""]
+    for title, verdict in (data(result, "self-check").get("verdicts") or {}).items():
+        lines += [f"Self-check, {title}: {verdict}.", ""]
     tuned = data(result, "tune")
     if "status" in tuned:
         lines += [f"Tuner: {tuned['status']}, table {tuned.get('after')}.", ""]

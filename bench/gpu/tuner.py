@@ -1,7 +1,7 @@
-"""The item that tunes: each implementation's tuner writes its table in place, and later processes import that table.
+"""The item that tunes: attention's tuner writes its table in place, and later processes import that table.
 
-The hook: an implementation that is a package may hold a module `tune`. `python -m <package>.<impl>.tune --minutes M
---out FILE` measures for at most M minutes and writes a table as Python source; `--dry-run` lists what it would try.
+`python -m lumos_kernels.frame_attention.triton.tune --minutes M --out FILE` measures for at most M minutes and writes
+its table after each kernel, as Python source; `--dry-run` lists what it would try.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from bench.gpu.worker import Run
 
 MODULE = "lumos_kernels.frame_attention.triton.tune"
-SOURCE = results.TUNED.with_name("tune.py")
 SPARE = 6  # seconds of its share for its start and the candidate that is under way at its end
 
 
@@ -41,14 +40,12 @@ def find(run: Run) -> None:
 
 
 def command(dry_run: bool, seconds: float) -> list[str]:
-    """Return the tuner's command: the models' head sizes and few candidates, where it has options for that."""
+    """Return the tuner's command, for the models' head sizes and few candidates of each kernel."""
     base = [sys.executable, "-m", MODULE]
     if dry_run:
         return [*base, "--dry-run"]
-    offered = SOURCE.read_text(encoding="utf-8")
-    options = {"--candidates": str(CANDIDATES), "--head-dims": "64,128"}
-    chosen = [word for name, value in options.items() if name in offered for word in (name, value)]
-    return [*base, "--minutes", f"{max(seconds, 1) / 60:.3f}", "--out", str(results.TUNED), *chosen]
+    options = ["--candidates", str(CANDIDATES), "--head-dims", "64,128"]
+    return [*base, "--minutes", f"{max(seconds, 1) / 60:.3f}", "--out", str(results.TUNED), *options]
 
 
 def is_table(file: Path) -> bool:
