@@ -251,8 +251,9 @@ def test_call_two_takes_the_results_of_call_one_on_the_same_code_alone(run_call,
     assert results.data(both, "tune") == results.data(both, "tests") == {"x": 1}
     with pytest.raises(ValueError, match="holds call 1 already"):
         Call(1, tmp_path / "out", before=tmp_path / "one", dry_run=True)
-    with pytest.raises(ValueError, match=r"must be a suite\.json"):
-        Call(2, tmp_path / "out", before=tmp_path / "absent", dry_run=True)
+    alone, _ = run_call(f"save(tests={OK})", number=2, before=tmp_path / "absent")
+    assert list(alone["calls"]) == ["2"]
+    assert "absent" in alone["calls"]["2"]["settings"]["alone"]
     monkeypatch.setattr(results, "code_digest", lambda: "other")
     with pytest.raises(ValueError, match="is of other code"):
         Call(2, tmp_path / "out", before=tmp_path / "one", dry_run=True)
@@ -313,9 +314,10 @@ def test_shares_of_the_items_fit_their_processes():
 def test_the_call_must_be_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu_suite.main(["--out", str(tmp_path)])
+    write_json(tmp_path / "suite.json", {"schema": results.SCHEMA, "code": "other", "calls": {"1": {}}})
     with pytest.raises(SystemExit):
-        gpu_suite.main(["--call", "2", "--out", str(tmp_path), "--with", str(tmp_path)])
-    assert "must be a suite.json" in capsys.readouterr().err
+        gpu_suite.main(["--call", "2", "--out", str(tmp_path / "out"), "--with", str(tmp_path)])
+    assert "is of other code" in capsys.readouterr().err
 
 
 def test_a_dry_run_of_both_calls(tmp_path, capsys, monkeypatch):
