@@ -1,15 +1,16 @@
-"""What the items of the GPU suite find out, on a CPU: tests, compilations, the tuner's table, cases, figures."""
+"""The items of the GPU suite on a CPU: tests, compilations, the tuner's table, cases, figures."""
 
 import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import measure, registry
-from bench.gpu import compile_ahead, fused, gates, machine, ops, results, tests, tuner, whole_model
+from bench.gpu import compile_ahead, fused, gates, machine, notes, ops, results, tests, tuner, whole_model
 from bench.gpu.worker import Run
 from bench.registry import Contestant
 from lumos_kernels import self_check
@@ -88,6 +89,14 @@ def test_without_xdist_pytest_is_started_again_behind_such_a_test(session, monke
     assert [test["outcome"] for test in session.outcomes()] == ["passed", "ended the process", "failed", "failed"]
 
 
+def test_tests_that_are_done_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "done").write_text("a\nb")
+    items = [SimpleNamespace(nodeid=name) for name in "abc"]
+    monkeypatch.setenv("LUMOS_GPU_TESTS", json.dumps({"done": str(tmp_path / "done")}))
+    notes.pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["c"]
+
+
 @pytest.mark.parametrize(
     ("status", "problem"),
     [("timeout", "tests/gpu: no time was left"), ("failed (exit 4)", "tests/gpu: pytest failed (exit 4): said")],
@@ -109,15 +118,24 @@ def test_the_prediction_counts_the_compilations():
 
 
 def test_every_kernel_of_attention_is_launched_in_several_configurations(monkeypatch):
+    pytest.importorskip("triton")
     from triton.runtime.jit import JITFunction
 
     launched = {}
     for subject in compile_ahead.tuned_subjects():
         _, kernel, head_dim, _ = subject.name.split(" ", 3)
-        kernels = []
-        monkeypatch.setattr(JITFunction, "run", lambda self, *_, **__: kernels.append(self.fn.__name__))  # noqa: B023
+        kernels = {}
+
+        def note(self, *_, kernels=kernels, **given):
+            kernels[self.fn.__name__] = given
+
+        monkeypatch.setattr(JITFunction, "run", note)
         subject.call()
         launched.setdefault((kernel, head_dim), []).append(kernels)
+        config = subject.call.args[-1]
+        assert (config.block_m, config.block_n, config.num_warps) in [
+            tuple(given.get(name) for name in ("BLOCK_M", "BLOCK_N", "num_warps")) for given in kernels.values()
+        ]
     own = {"forward": "_forward_kernel", "dkdv": "_key_kernel", "dq": "_query_kernel", "fused": "_key_kernel"}
     assert set(launched) == {(kernel, head_dim) for kernel in own for head_dim in ("D=64", "D=128")}
     for (kernel, _), calls in launched.items():

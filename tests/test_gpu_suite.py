@@ -321,6 +321,7 @@ def test_the_call_must_be_named(tmp_path, capsys):
 
 
 def test_a_dry_run_of_both_calls(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     one, two = tmp_path / "1", tmp_path / "2"
     assert gpu_suite.main(["--call", "1", "--dry-run", "--out", str(one)]) == 0

@@ -75,7 +75,7 @@ def parse(output: str) -> dict[str, Any]:
 
 
 def program(op: str, impl: str, device: str) -> None:
-    """What runs under the sanitizer: forward and backward at two small sizes."""
+    """Run forward and backward at two small sizes: the program under the sanitizer."""
     from gpu_examples import SMALL, SMALL_WIDE, example
 
     for size in (SMALL, SMALL_WIDE):

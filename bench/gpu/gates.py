@@ -1,4 +1,5 @@
-"""What an implementation must reach on an H100 before the docs may claim its speed ("gate"), and its aim ("goal").
+"""Two aims on an H100: what an implementation reaches before the docs claim its speed ("gate"), and what it is for
+("goal").
 
 Each is a ratio of two things measured in one run, a share of a ceiling, or an amount of memory; docs/benchmarks.md has
 the table. evaluate() reads them off a result of the suite.

@@ -1,4 +1,4 @@
-"""Which GPU implementations a result proves, and that every entry of dispatch.PROVEN has such a result.
+"""Decides which GPU implementations a result proves: every entry of dispatch.PROVEN needs such a result.
 
     python -m bench.gpu.proof DIR/suite.json [DIR2/suite.json]
 

@@ -49,7 +49,7 @@ def implementations(device: str) -> dict[str, str]:
 
 
 def model_config(dry_run: bool, **changes: Any) -> LumosConfig:
-    """The 1B model; in a dry run a tiny one with few visual codes. changes: of its sizes."""
+    """Return the 1B model's sizes; in a dry run those of a tiny one with few visual codes. changes: of its sizes."""
     config = LumosConfig.tiny() if dry_run else LumosConfig.lumos_1b()
     fewer = {"vocab_size": config.visual_start + 512, "num_hidden_layers": 2} if dry_run else {}
     return LumosConfig.from_dict({**config.to_dict(), **fewer, **changes})
@@ -141,7 +141,7 @@ def figures(step: Step, samples: Sequence[float], before: int | None, highest: i
 
 
 def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the call returns, or {"failed": why}: out of memory is a finding, not an end."""
+    """Return what the call returns, or {"failed": why}: out of memory is a finding, not an end."""
     try:
         return call()
     except (RuntimeError, ValueError, AssertionError) as error:

@@ -42,7 +42,7 @@ class Overrun(BaseException):
 
 
 class Run:
-    """What an item is given.
+    """Everything an item is given.
 
     run[key] = value puts a finding on file. out: folder of the results; work: of scratch files; shared: what an item
     leaves for later ones of the same process, which must do without it after a restart.
