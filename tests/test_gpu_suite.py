@@ -126,18 +126,21 @@ def test_an_item_that_tolerates_failures_is_interrupted_all_the_same(run_items):
     assert found["items"]["tolerant"]["data"] == {}
 
 
-def test_shares_shrink_to_the_time_and_grow_by_what_is_left_over(run_items):
+def test_shares_grow_by_what_is_left_over_and_the_last_items_go_without(run_items):
     limits = {}
 
     def note(run):
         limits[run.running["name"]] = run.left()
 
-    run_items({"a": (60, note), "b": (30, note), "c": (10, note)}, seconds=10)
-    assert limits["a"] == pytest.approx(6, abs=1)
-    assert limits["b"] == pytest.approx(9, abs=1), "its own 3 and the 6 that a left over"
+    def endless(run):
+        time.sleep(60)
+
+    run_items({"a": (5, note), "b": (3, note), "c": (4, note)}, seconds=10)
+    assert limits["a"] == pytest.approx(5, abs=1), "its share, though all together are more than the time"
+    assert limits["b"] == pytest.approx(6, abs=1), "its own 3, and 3 that are left beyond the share of c"
     assert limits["c"] == pytest.approx(10, abs=1)
-    _, found = run_items({"a": (1, note)}, seconds=0)
-    assert found["items"]["a"]["status"] == "not started"
+    _, found = run_items({"a": (5, endless), "b": (3, note)}, seconds=0.5)
+    assert [item["status"] for item in found["items"].values()] == ["overrun", "not started"]
 
 
 def test_a_lost_device_ends_the_process_behind_its_item(run_items, monkeypatch):

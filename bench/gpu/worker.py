@@ -76,14 +76,17 @@ class Run:
 
 
 def run_items(run: Run, todo: Sequence[Item], seconds: float, clocks: Clocks) -> None:
-    """Run the items within their shares of `seconds`. Exit with LOST where an item lost the device."""
+    """Run the items for so many seconds in all. Exit with LOST where an item lost the device.
+
+    Each gets its share, and what is left over beyond the shares of those that follow. Where time is short, the last
+    ones are not started.
+    """
     end = time.monotonic() + seconds
-    scale = min(1.0, seconds / sum(item.seconds for item in todo)) if todo else 1.0
     table = results.table_digest()
     for number, item in enumerate(todo):
         left = end - time.monotonic()
-        later = scale * sum(other.seconds for other in todo[number + 1 :])
-        limit = max(min(scale * item.seconds, left), left - later)
+        later = sum(other.seconds for other in todo[number + 1 :])
+        limit = max(min(item.seconds, left), left - later)
         if limit < SHORTEST:
             run.items[item.name] = {"status": "not started", "seconds": 0.0, "data": {}}
             run.save()
