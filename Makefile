@@ -49,7 +49,8 @@ bench: setup
 
 # With the Python that has the CUDA build of torch: .venv need not.
 gpu-suite:
-	$(PYTHON) -m bench.gpu_suite --out gpu-suite
+	-$(PYTHON) -m bench.gpu_suite --call 1 --out gpu-suite/1
+	$(PYTHON) -m bench.gpu_suite --call 2 --out gpu-suite/2 --with gpu-suite/1
 
 sanitize: setup
 	PYTHON=$(CURDIR)/$(RUN) tools/asan.sh

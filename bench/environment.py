@@ -25,11 +25,13 @@ PACKAGES = (
     "liger-kernel",
     "cut-cross-entropy",
     "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "nvidia-cudnn-frontend",
 )
 
 
 def record(device: str, threads: int) -> dict[str, Any]:
-    """The machine, the software, the commit and the date, as plain values for JSON. device: "cpu" or "cuda"."""
+    """Return the machine, the software, the commit and the date, as plain values for JSON. device: "cpu" or "cuda"."""
     return {
         "device": device,
         "device_name": device_name(device),
@@ -57,12 +59,12 @@ def file_stem(environment: dict[str, Any]) -> str:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the CPU's model."""
+    """Return the GPU's name, or the CPU's model."""
     return torch.cuda.get_device_name() if device == "cuda" else cpu_model()
 
 
 def cpu_model() -> str:
-    """The model as the kernel names it, e.g. "AMD EPYC 9R14"."""
+    """Return the model as the kernel names it, e.g. "AMD EPYC 9R14"."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

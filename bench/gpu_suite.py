@@ -1,10 +1,11 @@
-"""Everything a GPU is needed for, in one command, in order of value, each part bounded in time.
+"""Everything a GPU is needed for, in two calls of 300 seconds, in order of value.
 
-    python -m bench.gpu_suite --minutes 9 --out DIR
+    python -m bench.gpu_suite --call 1 --out DIR                compiles, compares with fp64, tunes, measures, profiles
+    python -m bench.gpu_suite --call 2 --out DIR2 --with DIR    tests, JIT rivals, frames, long steps
 
-Each part runs in a process of its own and writes DIR/parts/<part>.json as it goes; DIR/suite.json and DIR/suite.md hold
-all of them and are rewritten after each part, so that nothing is lost when the last ones do not finish.
-`--resume` leaves out what is finished, `--dry-run` exercises all of it on a CPU at small sizes.
+DIR gets at most eight files: suite.json and suite.md, which are replaced after each item, log.txt, tuned.py, ncu.txt.
+Call 2 may run at once on the same machine, or later on another one with the same code: it takes the table that call 1
+tuned, and its result holds both calls. `--dry-run` exercises a call on a CPU at small sizes.
 """
 
 from __future__ import annotations
@@ -14,46 +15,46 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.gpu import proof, summary
-from bench.gpu.parts import PARTS, run_part
-from bench.gpu.suite import Suite
+from bench.gpu import proof, suite, summary
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m bench.gpu_suite", description=__doc__.splitlines()[0])
-    result.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
-    result.add_argument("--out", type=Path, required=True, help="folder of suite.json and suite.md")
-    result.add_argument("--work", type=Path, help="folder of the parts' own files (OUT/parts)")
-    result.add_argument("--parts", help=f"comma separated, of {', '.join(part.name for part in PARTS)}")
-    result.add_argument("--resume", action="store_true", help="leave out the parts that are finished in --work")
-    result.add_argument("--dry-run", action="store_true", help="on the CPU at small sizes: that it works, no figure")
+    result.add_argument("--call", type=int, choices=sorted(suite.CALLS), required=True)
+    result.add_argument("--seconds", type=float, default=suite.SECONDS, help="for the whole call")
+    result.add_argument("--out", type=Path, required=True, help="folder of the results")
+    result.add_argument(
+        "--with", "--before", dest="before", type=Path, help="folder of the other call's results, of the same code"
+    )
+    result.add_argument(
+        "--rivals-site", type=Path, help="folder of the rivals' libraries, for the process that needs them"
+    )
     result.add_argument("--commit", help="of the code under test, where there is no git to ask")
-    result.add_argument("--part", help=argparse.SUPPRESS)  # in this process: one part, started by the suite
-    result.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    result.add_argument("--dry-run", action="store_true", help="on the CPU at small sizes: that it works, no figure")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where every part that ran is ok."""
+    """Return 0 where every item of the call is ok."""
     options = parser().parse_args(arguments)
-    work = (options.work or options.out / "parts").resolve()
-    if options.part:
-        run_part(options.part, work, options.seconds, options.dry_run)
-        return 0
-    names = [name.strip() for name in options.parts.split(",")] if options.parts else None
-    unknown = set(names or ()) - {part.name for part in PARTS}
-    if unknown:
-        parser().error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in PARTS)}")
-    parts = [part for part in PARTS if names is None or part.name in names]
-    suite = Suite(options.out.resolve(), work, 60 * options.minutes, options.dry_run, options.commit)
+    before = options.before.resolve() if options.before else None
     try:
-        result = suite.run(parts, resume=options.resume)
+        call = suite.Call(
+            options.call,
+            options.out.resolve(),
+            options.seconds,
+            dry_run=options.dry_run,
+            commit=options.commit,
+            before=before,
+            rivals_site=options.rivals_site,
+        )
     except ValueError as error:
         parser().error(str(error))
+    result = call.run()
     print(summary.markdown(result))
     print("Entries of dispatch.PROVEN that this supports (python -m bench.gpu.proof commits the result by its name):")
     print("\n".join(proof.conclusion(result["verdicts"], "suite.json")))
-    return 0 if all(part["status"] == "ok" for part in result["parts"].values()) else 1
+    return 0 if all(item["status"] == "ok" for item in call.items.values()) else 1
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import torch
 MIN_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample, the clock and Python's noise stay below 1 %
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 CACHE_BYTES = 256 * 2**20  # written between samples on a GPU: more than any last-level cache
-HEAD_START_CYCLES = 1_500_000  # about 0.8 ms: longer than the host takes to enqueue a forward and a backward pass
+HEAD_START_CYCLES = 4_000_000  # about 2 ms: three times what the host takes to enqueue a forward and a backward pass
+LONGEST_HEAD_START = 20e-3  # seconds: a host that takes longer waits for the device, or enqueues a whole step
 
 
 class Clock(Protocol):
@@ -34,25 +35,43 @@ def cpu_clock(call: Callable[[], Any], repeats: int) -> float:
 class CudaClock:
     """CUDA events around each call, after a write that empties the cache.
 
-    The device then sleeps while the host enqueues the call: what is timed is the device's work, as in a training step
-    whose host runs ahead, and not Python. A call that makes the host wait for the device still pays for it.
+    The device sleeps while the host enqueues the call: what is timed is the device's work, as in a training step whose
+    host runs ahead, and not Python. The host's time is measured with every sample. Where it exceeds the sleep, the
+    sample is taken again behind a longer one. A call that makes the host wait for the device still pays for it.
     """
 
     min_sample = 2e-4  # events have a resolution of half a microsecond, and Python is not in the figure
 
     def __init__(self) -> None:
         self.cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+        torch.cuda._sleep(HEAD_START_CYCLES)  # raises the clock
+        self.cycle = self._sample(lambda: torch.cuda._sleep(HEAD_START_CYCLES), 0)[0] / HEAD_START_CYCLES
 
     def __call__(self, call: Callable[[], Any], repeats: int) -> float:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in events:
-            self.cache.zero_()
-            torch.cuda._sleep(HEAD_START_CYCLES)
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in events) * 1e-3
+        return sum(self._covered(call) for _ in range(repeats))
+
+    def _covered(self, call: Callable[[], Any]) -> float:
+        """Return the device's seconds of a call, with a sleep before it that is longer than the host needs."""
+        cycles = HEAD_START_CYCLES
+        while True:
+            seconds, host = self._sample(call, cycles)
+            head_start = cycles * self.cycle
+            if host < head_start or max(host, 2 * head_start) > LONGEST_HEAD_START:
+                return seconds
+            cycles *= 2
+
+    def _sample(self, call: Callable[[], Any], cycles: int) -> tuple[float, float]:
+        """Return (seconds between the events around the call, seconds of the host until the call was enqueued)."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.cache.zero_()
+        torch.cuda._sleep(cycles)
+        begin = time.perf_counter()
+        start.record()
+        call()
+        end.record()
+        host = time.perf_counter() - begin
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3, host
 
 
 def clock_for(device: str) -> Clock:

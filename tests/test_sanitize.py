@@ -119,7 +119,7 @@ def test_findings_keep_the_place(sanitize):
 
 def test_without_the_tool_every_run_is_unavailable(sanitize, tmp_path, monkeypatch):
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
-    monkeypatch.setattr(sanitize, "gpu_implementations", lambda: [("mm_rope", "triton"), ("masked_sample", "triton")])
+    monkeypatch.setattr(sanitize, "own_implementations", lambda: [("mm_rope", "triton"), ("masked_sample", "triton")])
     assert sanitize.main(["--out", str(tmp_path / "out.json")]) == 0
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert [(run["op"], run["tool"]) for run in runs[:3]] == [
@@ -133,7 +133,7 @@ def test_without_the_tool_every_run_is_unavailable(sanitize, tmp_path, monkeypat
 def test_errors_set_the_exit_status(sanitize, tmp_path, monkeypatch):
     """A stand-in for the sanitizer that prints what it prints."""
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: name)
-    monkeypatch.setattr(sanitize, "gpu_implementations", lambda: [("mm_rope", "triton")])
+    monkeypatch.setattr(sanitize, "own_implementations", lambda: [("mm_rope", "triton")])
     printed = {"memcheck": MEMCHECK, "racecheck": RACES, "synccheck": CLEAN}
 
     def stand_in(op, impl, tool, dry_run):
@@ -143,8 +143,10 @@ def test_errors_set_the_exit_status(sanitize, tmp_path, monkeypatch):
     assert sanitize.main(["--out", str(tmp_path / "out.json")]) == 1
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert [run["status"] for run in runs] == ["errors", "errors", "clean"]
+    printed["memcheck"] = CLEAN
+    assert sanitize.main(["--out", str(tmp_path / "out.json")]) == 0, "a race alone advises"
     monkeypatch.setattr(sanitize, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
-    assert sanitize.main(["--out", str(tmp_path / "out.json"), "--tools", "memcheck", "--seconds", "3"]) == 0
+    assert sanitize.main(["--out", str(tmp_path / "out.json"), "--tools", "memcheck", "--seconds", "2.2"]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["runs"][0]["status"] == "timeout"
 
 

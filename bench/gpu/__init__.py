@@ -1,1 +1,1 @@
-"""What needs a GPU, in one command: `python -m bench.gpu_suite`."""
+"""Everything that needs a GPU, in two calls of one command: `python -m bench.gpu_suite`."""

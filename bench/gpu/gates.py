@@ -1,4 +1,5 @@
-"""Where an implementation becomes the automatic choice on an H100 ("gate"), and what it is aimed at ("goal").
+"""Two aims on an H100: what an implementation reaches before the docs claim its speed ("gate"), and what it is for
+("goal").
 
 Each is a ratio of two things measured in one run, a share of a ceiling, or an amount of memory; docs/benchmarks.md has
 the table. evaluate() reads them off a result of the suite.
@@ -6,9 +7,11 @@ the table. evaluate() reads them off a result of the suite.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from bench.gpu.results import cases, data
 
 HBM_GB_S = 3000.0  # what an H100's memory reaches: the floor of mm_rope is stated against it
 BOTH = "/forward", "/forward+backward"
@@ -23,7 +26,7 @@ class Gate:
     rival: contestant whose time over ours is the value; None for the kinds below.
     kind: "time" (how many times as long the rival takes), "rate" (our rate over the rival's), "bandwidth" (share of
         HBM_GB_S) or "gigabytes" (of extra memory, fewer is better).
-    required: must be measured before the implementation can be the automatic choice; the others count where measured.
+    required: must be measured before anything is claimed; the others count where measured.
     """
 
     case: str
@@ -72,12 +75,12 @@ GATES = (
 
 
 def evaluate(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every gate for every GPU implementation that the result has figures of, then the whole model's.
+    """Return every gate for every GPU implementation that the result has figures of, then the whole model's.
 
     {"op", "impl", "name", "case", "contestant", "value", "gate", "goal", "required", "status", "reason"}, where status
     is "goal", "reached", "missed" or "not measured". case is the longest pass that the value needs.
     """
-    records = {case["case"]: case for case in (_data(result, "ops").get("cases") or [])}
+    records = cases(result)
     found = []
     for gate in GATES:
         for impl in _implementations(records, gate.op) or [None]:
@@ -85,53 +88,63 @@ def evaluate(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found + list(_whole_model(result))
 
 
-def _data(result: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    return (result["parts"].get(part) or {}).get("data") or {}
-
-
-def _implementations(records: Mapping[str, Any], op: str) -> list[str]:
-    names = [row["contestant"] for case in records.values() if case["op"] == op for row in case["rows"]]
+def _implementations(records: Sequence[Mapping[str, Any]], op: str) -> list[str]:
+    """Return the GPU implementations as users call them. A name with a comma is ours with a backward forced on it."""
+    names = [row["contestant"] for case in records if case["op"] == op for row in case["rows"]]
     ours = [name.removeprefix("lumos ") for name in dict.fromkeys(names) if name.startswith("lumos ")]
-    return [impl for impl in ours if impl not in ("reference", "native")]
+    return [impl for impl in ours if impl not in ("reference", "native") and "," not in impl]
 
 
-def _judge(gate: Gate, impl: str | None, records: Mapping[str, Any]) -> dict[str, Any]:
+def _judge(gate: Gate, impl: str | None, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     passes = BOTH if gate.what == "backward" else BOTH[:1] if gate.what == "forward" else BOTH[1:]
-    cases = [gate.case + suffix for suffix in passes]
-    entry = {"op": gate.op, "impl": impl, "name": gate.name, "case": cases[-1], "contestant": f"lumos {impl}"}
+    keys = [gate.case + suffix for suffix in passes]
+    entry = {"op": gate.op, "impl": impl, "name": gate.name, "case": keys[-1], "contestant": f"lumos {impl}"}
     entry |= {"gate": gate.gate, "goal": gate.goal, "required": gate.required, "value": None, "reason": ""}
-    rows = []
-    for case in cases:
-        by_name = {row["contestant"]: row for row in records.get(case, {"rows": []})["rows"]}
-        for name in (f"lumos {impl}", *([gate.rival] if gate.rival else [])):
-            row = by_name.get(name)
-            if row is None or row["status"] != "ok":
-                why = f"{row['status']}, {row['reason']}" if row else "no row"
-                return {**entry, "status": "not measured", "reason": f"{case}: {name}: {why}"}
-            rows.append(row)
-    value = _value(gate, rows, records[cases[-1]]["work"]["amount"], records)
+    rows, work = [], []
+    for key in keys:
+        names = (f"lumos {impl}", *([gate.rival] if gate.rival else []))
+        met, reason = _met(key, names, records)
+        if reason:
+            return {**entry, "status": "not measured", "reason": reason}
+        rows += met[0]
+        work.append(met[1])
+    value = _value(gate, rows, work)
     if value is None:
         return {**entry, "status": "not measured", "reason": "the figures do not give one"}
     return {**entry, "value": value, "status": grade(value, gate.gate, gate.goal)}
 
 
+def _met(key: str, names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> tuple[tuple[list[Any], int], str]:
+    """Return the rows of a record of the case in which all the names have figures, and its work; or why none has."""
+    reason = f"{key}: {names[-1]}: no row"
+    for record in records:
+        by_name = {row["contestant"]: row for row in record["rows"] if record["case"] == key}
+        bad = [name for name in names if name not in by_name or by_name[name]["status"] != "ok"]
+        if not bad and by_name:
+            return ([by_name[name] for name in names], record["work"]["amount"]), ""
+        reason = next(
+            (f"{key}: {n}: {by_name[n]['status']}, {by_name[n]['reason']}" for n in bad if n in by_name), reason
+        )
+    return ([], 0), reason
+
+
 def grade(value: float, gate: float, goal: float) -> str:
-    """Fewer is better where the goal lies below the gate."""
+    """Return "goal", "reached" or "missed". Fewer is better where the goal lies below the gate."""
     sign = 1 if goal >= gate else -1
     return "goal" if sign * value >= sign * goal else "reached" if sign * value >= sign * gate else "missed"
 
 
-def _value(gate: Gate, rows: list[Mapping[str, Any]], work: int, records: Mapping[str, Any]) -> float | None:
+def _value(gate: Gate, rows: list[Mapping[str, Any]], work: list[int]) -> float | None:
     if gate.kind == "gigabytes":
         extra = rows[0]["peak_extra_bytes"]
         return None if extra is None else extra / 1e9
     if gate.kind == "rate":
         return rows[0]["rate"] / rows[1]["rate"]
     if gate.kind == "bandwidth":
-        seconds = rows[0]["median_s"]
+        seconds, amount = rows[0]["median_s"], work[0]
         if gate.what == "backward":
-            seconds, work = rows[1]["median_s"] - seconds, work - records[gate.case + BOTH[0]]["work"]["amount"]
-        return work / seconds / 1e9 / HBM_GB_S if seconds > 0 else None
+            seconds, amount = rows[1]["median_s"] - seconds, work[1] - amount
+        return amount / seconds / 1e9 / HBM_GB_S if seconds > 0 else None
     if gate.what == "backward":
         ours, theirs = (rows[i + 2]["median_s"] - rows[i]["median_s"] for i in (0, 1))
         return theirs / ours if ours > 0 else None
@@ -139,21 +152,19 @@ def _value(gate: Gate, rows: list[Mapping[str, Any]], work: int, records: Mappin
 
 
 def _whole_model(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The model's aims: they decide nothing in dispatch, and are reported."""
-    steps, launched = _data(result, "model").get("steps", {}), _data(result, "launches")
-    largest = next(
-        (sides.get("ours", {}) for sides in steps.values() if sides.get("ours", {}).get("tokens", 0) > 28000), {}
-    )
-    longest = [run for run in _data(result, "model").get("longest", []) if run.get("seconds")]
-    seven = _data(result, "generate").get("frames", {}).get("7", {})
-    syncs = (launched.get("host_syncs") or {}).get("count")
+    """Yield the model's aims. They are reported and prove nothing."""
+    large, launched = data(result, "step, larger").get("ours", {}), data(result, "launches")
+    long = data(result, "longest")
+    tokens = long["tokens"] if (long.get("step") or {}).get("seconds") else None
+    syncs = (data(result, "kernels of a step").get("host_syncs") or {}).get("count")
+    third = next(iter((data(result, "generation").get("frames") or [])[2:]), None)
     figures = (
-        ("training step, 1B, 7 frames of 384p: seconds", largest.get("seconds"), 0.85, 0.85),
-        ("training step, 1B, 7 frames of 384p: share of the peak (MFU)", largest.get("mfu"), 0.45, 0.45),
-        ("longest step that fits: tokens", max((run["tokens"] for run in longest), default=None), 90000, 90000),
+        ("training step, 1B, 7 frames of 384p: seconds", large.get("seconds"), 0.85, 0.85),
+        ("training step, 1B, 7 frames of 384p: share of the peak (MFU)", large.get("mfu"), 0.45, 0.45),
+        ("a step that fits: tokens", tokens, 90000, 90000),
         ("kernel launches a layer, forward", launched.get("forward_per_layer"), 15, 15),
         ("host syncs a step", syncs, 0, 0),
-        ("generation, 1B, 7 frames of 256p, 50 steps, guidance: seconds", seven.get("seconds"), 12.0, 12.0),
+        ("generation, 1B, third frame of 256p, 50 steps, guidance: seconds", third, 12.0 / 7, 12.0 / 7),
     )
     for name, value, gate, goal in figures:
         fewer = not name.endswith(("(MFU)", "tokens"))

@@ -1,10 +1,11 @@
-"""Which GPU implementations a result proves, and that every entry of dispatch.PROVEN has such a result.
+"""Decides which GPU implementations a result proves: every entry of dispatch.PROVEN needs such a result.
 
-    python -m bench.gpu.proof DIR/suite.json
+    python -m bench.gpu.proof DIR/suite.json [DIR2/suite.json]
 
-copies a result of the suite to bench/results/ and prints the entries that it supports, to be written into
-lumos_kernels/dispatch.py and committed together with the files. tests/test_proof.py refuses an entry whose file is not
-there, does not say so, or was made with other code.
+joins the results of both calls, copies them to bench/results/ and prints the entries that they support, to be written
+into lumos_kernels/dispatch.py and committed together with the files. An entry lets the docs print what the result
+measured; it decides nothing at run time. tests/test_proof.py refuses an entry whose file is not there, does not say so,
+or was made with other code. Tables of tuned configurations are data: a result names the one it ran with.
 """
 
 from __future__ import annotations
@@ -15,43 +16,61 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.environment import ROOT, file_stem
-from bench.gpu import gates, summary
-from bench.gpu.suite import SCHEMA, read_json, write_json
-from bench.gpu.tests import digest
+from bench.gpu import gates, results, summary
+from bench.gpu.processes import ROOT, write_json, write_text
+from bench.gpu.results import data, digest
 
 RESULTS = ROOT / "bench" / "results"
 PASSED = ("passed", "skipped")
+DECISIVE = "memcheck"  # the other tools may report false hazards where kernels wait on mbarriers
 
 
 def verdicts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For every implementation that was tested: {"op", "impl", "arch", "digest", "tests", "sanitizer", "reasons"}.
+    """Return for every implementation that was tested what its tests, sanitizers and gates say of it.
 
-    No reasons: it is proven. They are read off the raw outcomes and figures, never off an earlier verdict.
+    {"op", "impl", "arch", "digest", "table", "tests", "sanitizer", "advice", "reasons"}. No reasons: it is proven. They
+    are read off the raw outcomes and figures, never off an earlier verdict. advice: what refuses nothing.
     """
-    tested = _data(result, "tests")
-    arch = _data(result, "environment").get("arch")
-    judged = gates.evaluate(result)
+    tested, judged = data(result, "tests"), gates.evaluate(result)
+    arch = data(result, "machine").get("arch")
     found = []
     for pair, code in (tested.get("digests") or {}).items():
         op, impl = pair.split(" ")
         outcomes = [test for test in tested.get("tests", []) if test.get("pair") == [op, impl]]
-        runs = [run for run in _data(result, "sanitizer").get("runs", []) if (run["op"], run["impl"]) == (op, impl)]
+        runs = [run for run in data(result, "sanitizer").get("runs", []) if (run["op"], run["impl"]) == (op, impl)]
+        checks = [c for c in data(result, "correctness").get("checks", []) if (c["op"], c["impl"]) == (op, impl)]
         reasons = [] if arch else ["the result names no GPU architecture"]
-        if result["settings"]["dry_run"]:
+        if any(call["settings"]["dry_run"] for call in result["calls"].values()):
             reasons.append("it was a dry run")
-        reasons += _test_reasons(outcomes, tested.get("incomplete", {}).get(op, []))
-        reasons += [f"{run['tool']}: {run['status']}" for run in runs if run["status"] == "errors"]
+        reasons += _test_reasons(outcomes, tested.get("incomplete", []))
+        reasons += [
+            f"{check['test']}, {check['size']}: {check['outcome']}" for check in checks if check["outcome"] != "passed"
+        ]
+        reasons += [f"{run['tool']}: {run['status']}" for run in runs if run["tool"] == DECISIVE and _is_bad(run)]
+        reasons += _table_reasons(result)
         reasons += _gate_reasons([gate for gate in judged if (gate["op"], gate["impl"]) == (op, impl)])
         counts = {kind: sum(test["outcome"] == kind for test in outcomes) for kind in ("passed", "skipped", "failed")}
+        advice = [f"{run['tool']}: {run['status']}" for run in runs if run["tool"] != DECISIVE and _is_bad(run)]
         clean = sum(run["status"] == "clean" for run in runs)
-        found.append({"op": op, "impl": impl, "arch": arch, "digest": code, "tests": counts})
-        found[-1] |= {"sanitizer": f"{clean} of {len(runs)} clean", "reasons": reasons}
+        found.append({"op": op, "impl": impl, "arch": arch, "digest": code, "table": table(result), "tests": counts})
+        found[-1] |= {"sanitizer": f"{clean} of {len(runs)} clean", "advice": advice, "reasons": reasons}
     return found
 
 
-def _data(result: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    return (result["parts"].get(part) or {}).get("data") or {}
+def _is_bad(run: Mapping[str, Any]) -> bool:
+    return run["status"] in ("errors", "failed")
+
+
+def table(result: Mapping[str, Any]) -> str | None:
+    """Return the digest of the table with which the tests ran."""
+    return next((item.get("table") for name, item in results.items(result) if name == "tests"), None)
+
+
+def _table_reasons(result: Mapping[str, Any]) -> list[str]:
+    """Tests and figures must be of one table: a tuner may choose a kernel that nothing tested."""
+    measured = {item.get("table") for _, item in results.items(result) if "record" in (item.get("data") or {})}
+    other = measured - {table(result)}
+    return ["cases were measured with other tuned configurations than the tests'"] if other else []
 
 
 def _test_reasons(outcomes: Sequence[Mapping[str, Any]], incomplete: Sequence[str]) -> list[str]:
@@ -68,10 +87,11 @@ def _gate_reasons(judged: Sequence[Mapping[str, Any]]) -> list[str]:
     return bad if judged else ["no gate of it was measured"]
 
 
-def refusal(op: str, impl: str, arch: str, file: str, results: Path = RESULTS) -> str | None:
-    """Why the file does not prove that "auto" may take the implementation on the architecture; None where it does."""
-    result = read_json(results / file)
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA or "parts" not in result:
+def refusal(op: str, impl: str, arch: str, file: str, folder: Path = RESULTS) -> str | None:
+    """Return why the file does not back claims about the implementation on the architecture, None where it does."""
+    try:
+        result = results.read(folder / file)
+    except ValueError:
         return f"bench/results/{file} is no result of the GPU suite"
     verdict = next((v for v in verdicts(result) if (v["op"], v["impl"]) == (op, impl)), None)
     if verdict is None:
@@ -85,40 +105,45 @@ def refusal(op: str, impl: str, arch: str, file: str, results: Path = RESULTS) -
     return None
 
 
-def adopt(file: Path, results: Path = RESULTS) -> tuple[str, list[dict[str, Any]]]:
-    """Copies a result into bench/results under its own name. Returns the name and the verdicts.
+def adopt(files: Sequence[Path], folder: Path = RESULTS) -> tuple[str, list[dict[str, Any]]]:
+    """Copy the joined results into bench/results under a name of their own. Return the name and the verdicts.
 
-    Raises ValueError where the file is no result of the suite on a GPU.
+    Raise ValueError where a file is no result of the suite on a GPU, or two do not belong together.
     """
-    result = read_json(file)
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA or not result.get("environment"):
-        raise ValueError(f"{file} must be a suite.json of `python -m bench.gpu_suite` with its environment part")
-    if result["settings"]["dry_run"]:
-        raise ValueError(f"{file} comes from a dry run, which measures nothing")
-    name = f"{file_stem(result['environment'])}_suite.json"
-    write_json(results / name, result)
-    (results / name).with_suffix(".md").write_text(summary.markdown(result), encoding="utf-8")
-    return name, verdicts(result)
+    from bench.environment import file_stem
+
+    result = results.merged([results.read(file) for file in files])
+    for call in result["calls"].values():
+        if call["settings"]["dry_run"]:
+            raise ValueError("a dry run measures nothing")
+        if not call["environment"]:
+            raise ValueError('a call without its item "machine" does not say where it ran')
+    found = verdicts(result)
+    result |= {"gates": gates.evaluate(result), "verdicts": found}
+    name = f"{file_stem(results.first_call(result)['environment'])}_suite.json"
+    write_json(folder / name, result)
+    write_text((folder / name).with_suffix(".md"), summary.markdown(result))
+    return name, found
 
 
 def entries(found: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """Lines for dispatch.PROVEN."""
+    """Return lines for dispatch.PROVEN."""
     return [f'("{v["op"]}", "{v["impl"]}"): {{"{v["arch"]}": "{name}"}},' for v in found if not v["reasons"]]
 
 
 def conclusion(found: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """The entries that a result supports, and why there are no others."""
+    """Return the entries that a result supports, and why there are no others."""
     refused = [f"not {v['op']} {v['impl']}: {reason}" for v in found for reason in v["reasons"]]
     return [*(entries(found, name) or ["(none)"]), *refused]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.proof", description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, help="suite.json")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="suite.json of one call or of each")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are committed")
     options = parser.parse_args(arguments)
     try:
-        name, found = adopt(options.result, options.results)
+        name, found = adopt(options.files, options.results)
     except ValueError as error:
         parser.error(str(error))
     print(f"{options.results / name}: commit it, its .md, and these entries of PROVEN in lumos_kernels/dispatch.py:")

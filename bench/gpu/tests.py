@@ -1,33 +1,35 @@
-"""The part "tests": runs tests/gpu, one process an op at the same time, and survives what a broken kernel does.
+"""Items that prove: tests/gpu on many processes, tests/triton_kernels natively, compute-sanitizer on small shapes.
 
-An illegal access spoils the process for every test after it: the test that met it is failed, and a new process goes on
-behind it. The tests that need tens of gigabytes run last, by themselves.
+An illegal access spoils the process for every test after it. bench/gpu/notes.py then ends that process, pytest-xdist
+starts another one, and pytest is started again where it was not xdist that lost a process. The tests that need tens of
+gigabytes run afterwards, one at a time.
 """
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import io
+import importlib.util
 import json
 import sys
-import threading
-import time
-import tokenize
-from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, Any
 
-from bench.environment import ROOT
-from bench.gpu.suite import run_bounded, tail
+from bench.gpu import results
+from bench.gpu.processes import ROOT, run_bounded, tail
 from lumos_kernels import dispatch
 
+if TYPE_CHECKING:
+    from bench.gpu.worker import Run
+
 ENDED = "ended the process"
-KERNEL_FILES = ROOT / "tests" / "triton_kernels"
-LARGE_SHARE = 0.3  # of the time, for the large tests
+GPU_TESTS, KERNEL_TESTS = "tests/gpu", "tests/triton_kernels"
+PROCESSES = 12
+PATIENCE = 40  # seconds a test may take; then it ends its process
+LARGE_SECONDS = 25.0  # kept for the large tests, one at a time
+DRY_RUN = {"device": "cpu", "ops": ["mm_rope"]}
+DRY_RUN_TESTS = "left_alone or element_is_written or past_int32"
 
 
 def gpu_implementations() -> list[tuple[str, str]]:
+    """Return (op, implementation) of everything that is for a GPU."""
     return [
         (name, impl)
         for name, op in dispatch.ops().items()
@@ -36,152 +38,99 @@ def gpu_implementations() -> list[tuple[str, str]]:
     ]
 
 
-def run(run: Any) -> None:
-    """Records {"tests": [{"test", "pair", "outcome", "seconds", "reason"}], "digests", "incomplete"}."""
-    pairs = [(name, "reference") for name in ("mm_rope", "frame_attention", "tube_masked_loss", "masked_sample")]
-    pairs = pairs if run.dry_run else gpu_implementations()
-    run.record["digests"] = {f"{op} {impl}": digest(op, impl) for op, impl in pairs}
-    groups: list[Group | KernelFile] = [Group(run, op) for op in dict.fromkeys(op for op, _ in pairs)]
-    groups += [] if run.dry_run else [KernelFile(run, file) for file in kernel_files()]
-    _together(run, groups, groups, "not large", run.left() * (1 - LARGE_SHARE))
-    # Attention past 2^31 elements takes 50 GB; the others fit beside each other.
-    by_op = [group for group in groups if isinstance(group, Group)]
-    alone = [group for group in by_op if group.op == "frame_attention"]
-    _together(run, groups, [group for group in by_op if group not in alone], "large", run.left() * 0.6)
-    _together(run, groups, alone, "large", run.left())
-    run.record["incomplete"] = {
-        op: [problem for group in groups if group.op == op for problem in group.problems]
-        for op in {group.op for group in groups if group.problems}
-    }
-    run.record["logs"] = {group.log.stem: tail(group.log, 1500) for group in groups}
+def own_implementations() -> list[tuple[str, str]]:
+    """Return those of gpu_implementations whose kernels are this project's: what has to be proven."""
+    return [(op, impl) for op, impl in gpu_implementations() if impl != "flash"]
 
 
-def _together(run: Any, groups: list, running: list, marker: str, seconds: float) -> None:
-    """Runs groups at the same time; what all of them found so far is on file meanwhile."""
-    threads = [threading.Thread(target=group.go, args=(marker, seconds)) for group in running]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        time.sleep(0.5)
-        run.record["tests"] = [test for group in groups for test in group.outcomes()]
-    run.record["tests"] = [test for group in groups for test in group.outcomes()]
+def find(run: Run) -> None:
+    """Record {"tests": [{"test", "pair", "outcome", "seconds", "reason"}], "digests", "incomplete"}."""
+    pairs = [("mm_rope", "reference")] if run.dry_run else own_implementations()
+    run["digests"] = {f"{op} {impl}": results.digest(op, impl) for op, impl in pairs}
+    run["tests"], run["incomplete"] = [], ["not finished"]
+    settings = DRY_RUN if run.dry_run else {"impls": sorted({impl for _, impl in pairs})}
+    session = Session(run, settings)
+    if run.dry_run:
+        problems = session.go([GPU_TESTS], run.left() - 1, 0)
+    else:
+        problems = session.go([GPU_TESTS, "-m", "not large"], run.left() - LARGE_SECONDS, PROCESSES)
+        problems += session.go([GPU_TESTS, "-m", "large"], run.left() - 1, 0)
+    run["incomplete"] = problems
+    if not run.dry_run and run.left() > 10:  # a bonus: the tests of the interpreter, on the GPU
+        run["kernel_tests"] = session.go([KERNEL_TESTS], run.left() - 1, PROCESSES) or ["finished"]
+    run["log"] = tail(session.log)
 
 
-class Group:
-    """The tests of one op."""
+class Session:
+    """Runs of pytest that share a file of outcomes, which the processes of a run write line by line."""
 
-    def __init__(self, run: Any, op: str) -> None:
-        self.op, self.dry_run = op, run.dry_run
-        self.file, self.done = run.folder / f"tests_{op}.jsonl", run.folder / f"tests_{op}.done"
-        self.log = run.folder / f"tests_{op}.log"
+    def __init__(self, run: Run, settings: dict[str, Any]) -> None:
+        self.run, self.settings = run, settings
+        self.file, self.done = run.work / "tests.jsonl", run.work / "tests.done"
+        self.log = run.work / "pytest.log"
         self.file.unlink(missing_ok=True)
-        self.problems: list[str] = []
 
-    def go(self, marker: str, seconds: float) -> None:
-        """Runs those of the marker, again and again behind each test that took the process down."""
-        end, settled = time.monotonic() + seconds, False
-        while not settled:
+    def go(self, selection: list[str], seconds: float, processes: int) -> list[str]:
+        """Run what is selected, again behind a test that took pytest down. Return why something was not run.
+
+        processes: of pytest-xdist; with 0 the tests run in pytest's own.
+        """
+        end = self.run.end - (self.run.left() - seconds)
+        while True:
             done = self.outcomes()
             self.done.write_text("\n".join(test["test"] for test in done))
-            settings = {"ops": [self.op], "outcomes": str(self.file), "done": str(self.done)}
-            settings |= {"device": "cpu"} if self.dry_run else {}
-            command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-m", marker, "-p", "no:cacheprovider"]
-            status = run_bounded(command, end - time.monotonic(), self.log, LUMOS_GPU_TESTS=json.dumps(settings))
-            new = self.outcomes()[len(done) :]
-            lost = [test for test in new if test["outcome"] == ENDED]
+            own = {"outcomes": str(self.file), "done": str(self.done), "patience": PATIENCE}
+            environment = {
+                "LUMOS_GPU_TESTS": json.dumps({**self.settings, **own}),
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            }
+            left = end - (self.run.end - self.run.left())
+            status = run_bounded(self.command(selection, processes), left, self.log, **environment)
+            found = self.outcomes()
+            self.run["tests"] = found
+            new = found[len(done) :]
             if status == "timeout":
-                self.problems.append(f"{marker}: no time was left")
-            elif not new and status != "ok" and "exit 5" not in status:  # 5: no test was selected
-                self.problems.append(f"{marker}: pytest {status}: {tail(self.log, 600)}")
-            settled = status == "timeout" or not (lost or any(spoiled(test) for test in new))
+                return [f"{' '.join(selection)}: no time was left"]
+            if not new and status != "ok" and "exit 5" not in status:  # 5: no test was selected
+                return [f"{' '.join(selection)}: pytest {status}: {tail(self.log, 600)}"]
+            restarts = any(test["outcome"] == ENDED or test.get("lost") for test in new)
+            if processes or not restarts:  # xdist started other processes itself
+                return []
+
+    def command(self, selection: list[str], processes: int) -> list[str]:
+        """Return the command of pytest."""
+        command = [sys.executable, "-m", "pytest", *selection, "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.notes"]
+        if self.run.dry_run:
+            command += ["-k", DRY_RUN_TESTS]
+        return [*command, "-n", str(processes), "--max-worker-restart", "100"] if processes else command
 
     def outcomes(self) -> list[dict[str, Any]]:
-        """What is on file, in order. A test that started and did not end took the process down."""
+        """Return what is on file, in order. A test that started and did not end took its process down."""
         tests: dict[str, dict[str, Any]] = {}
         for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else ():
             try:
                 note = json.loads(line)
-            except ValueError:  # cut off by the end of the process
+            except ValueError:  # an empty line, or one that was cut off by the end of its process
                 continue
             if note.get("outcome") == "started":
                 tests[note["test"]] = {**note, "outcome": ENDED, "reason": ""}
-            else:
+            elif note["test"] in tests:
                 tests[note["test"]].update(note)
         return list(tests.values())
 
 
-def kernel_files() -> list[Path]:
-    return sorted(KERNEL_FILES.glob("test_*_triton*.py"))
+def sanitizer(run: Run) -> None:
+    """Record memcheck, which decides, then racecheck and synccheck, which advise (tools/sanitize.py)."""
+    sanitize = _sanitize()
+    pairs = [("mm_rope", "reference")] if run.dry_run else own_implementations()
+    run["runs"] = []
+    for tools in (("memcheck",), () if run.dry_run else ("racecheck", "synccheck")):
+        for found in sanitize.examine_all(pairs, tools, run.left() - 1, run.work, run.dry_run):
+            run["runs"] = [*run["runs"], found]
 
 
-class KernelFile:
-    """A file of tests/triton_kernels, which without a GPU runs in Triton's interpreter: here it runs natively."""
-
-    def __init__(self, run: Any, file: Path) -> None:
-        self.file, self.problems = file, []
-        folder = file.stem.removeprefix("test_").split("_triton")[0]
-        named = [name for name, op in dispatch.ops().items() if op.package.endswith(f".{folder}")]
-        self.op = named[0] if named else folder
-        self.log, self.report = run.folder / f"tests_{file.stem}.log", run.folder / f"tests_{file.stem}.xml"
-
-    def go(self, marker: str, seconds: float) -> None:
-        self.report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", str(self.file), "-q", "-p", "no:cacheprovider"]
-        status = run_bounded([*command, f"--junitxml={self.report}"], seconds, self.log)
-        if not self.report.exists():
-            self.problems.append(f"{self.file.name}: pytest {status}: {tail(self.log, 600)}")
-
-    def outcomes(self) -> list[dict[str, Any]]:
-        """What the file's report says; nothing before the file is through."""
-        try:
-            cases = ElementTree.parse(self.report).iter("testcase")
-        except (OSError, ElementTree.ParseError):
-            return []
-        return [self._outcome(case) for case in cases]
-
-    def _outcome(self, case: ElementTree.Element) -> dict[str, Any]:
-        outcome, reason = "passed", ""
-        for kind, name in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
-            found = case.find(kind)
-            if found is not None:
-                outcome, reason = name, f"{found.get('message') or ''}\n{found.text or ''}"[-1500:]
-        test = f"{self.file.relative_to(ROOT).as_posix()}::{case.get('name')}"
-        seconds = float(case.get("time") or 0)
-        return {"test": test, "pair": [self.op, "triton"], "outcome": outcome, "seconds": seconds, "reason": reason}
-
-
-def spoiled(test: dict[str, Any]) -> bool:
-    """Whether the test lost the device: tests/gpu/conftest.py then ended the process behind it."""
-    return test["outcome"] == "failed" and test.get("lost", False)
-
-
-def digest(op: str, impl: str) -> str:
-    """Of an implementation's source without comments, docstrings, blank lines and the spaces inside lines: what a
-    result proves, it proves of this code. The same on every version of Python.
-    """
-    base = ROOT / Path(*dispatch.ops()[op].package.split(".")) / impl
-    files = sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
-    code = hashlib.sha256()
-    for file in files:
-        code.update(file.relative_to(base.parent).as_posix().encode())
-        code.update(bare(file.read_text(encoding="utf-8")).encode())
-    return code.hexdigest()[:16]
-
-
-def bare(source: str) -> str:
-    """Python source reduced to what runs: indentation and the characters of each line that are no space."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            and ast.get_docstring(node) is not None
-        ):
-            first = body[0]
-            lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
-    kept = ((len(line) - len(line.lstrip()), "".join(line.split())) for line in lines if line.strip())
-    return "\n".join(f"{indent} {text}" for indent, text in kept)
+def _sanitize() -> Any:
+    spec = importlib.util.spec_from_file_location("sanitize", ROOT / "tools" / "sanitize.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,4 +1,4 @@
-"""The parts that run the whole model: training steps, the longest sequence, launches and host syncs, generation."""
+"""Items that train the whole model: steps, losses, the kernels of a step, launches and host syncs, the longest step."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-import lumos
 from bench import memory, timing
+from bench.gpu import profiles
 from bench.gpu.tests import gpu_implementations
 from bench.official_style import official_style_loss
 from lumos import Lumos, LumosConfig, mask_tokens
@@ -25,16 +25,19 @@ from lumos_kernels.dispatch import Problem
 from lumos_kernels.frame_layout.frames import frame_skeleton
 from lumos_kernels.token_ids import MASK, NUMBER_BASE
 
+if TYPE_CHECKING:
+    from bench.gpu.worker import Run
+
 # Dense bf16 peak of the data sheet, what MFU is a share of: "H100 80GB HBM3", "H200" and "A100-SXM4-80GB" name these.
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}
+COUNTS = "three times the forward: attention's backward counts as 2 x its forward, in the op benchmark as 2.5 x"
 TEXT = 262  # before the video start; 266 with what follows it
 FRAMES_384P, FRAMES_256P = (48, 84), (32, 56)
-PROMPT_TEXT = 64
 NO_IMPL = "reference"
 
 
 def implementations(device: str) -> dict[str, str]:
-    """For every op the implementation that the model runs: the GPU's first that takes bf16, proven or not."""
+    """Return for every op the implementation that the model runs: the GPU's first that takes bf16."""
     chosen = {}
     for name, op in dispatch.ops().items():
         problem = Problem.of(torch.empty(0, dtype=torch.bfloat16, device=device), 64)
@@ -46,9 +49,9 @@ def implementations(device: str) -> dict[str, str]:
 
 
 def model_config(dry_run: bool, **changes: Any) -> LumosConfig:
-    """The 1B model; in a dry run a tiny one with few visual codes. changes: of its sizes."""
+    """Return the 1B model's sizes; in a dry run those of a tiny one with few visual codes. changes: of its sizes."""
     config = LumosConfig.tiny() if dry_run else LumosConfig.lumos_1b()
-    fewer = {"vocab_size": config.visual_start + 512} if dry_run else {}
+    fewer = {"vocab_size": config.visual_start + 512, "num_hidden_layers": 2} if dry_run else {}
     return LumosConfig.from_dict({**config.to_dict(), **fewer, **changes})
 
 
@@ -78,10 +81,7 @@ class Step:
         model: Lumos | None = None,
     ) -> None:
         self.device, self.config = device, config
-        if model is None:
-            torch.manual_seed(0)
-            with torch.device(device):
-                model = Lumos(config).to(torch.bfloat16).train()
+        model = model or new_model(config, device)
         self.model = model
         self.model.impl = impl or implementations(device)
         batch = mask_tokens(document(config, grid, frames), seeds=[0], classes=config.classes)
@@ -106,16 +106,26 @@ class Step:
         self.optimizer.step()
 
 
-def timed(step: Step, call: Callable[[], None], seconds: float) -> dict[str, Any]:
-    """Median seconds of a step, its share of the device's peak, and its peak memory beyond weights and states."""
-    call()  # makes the optimizer's state and compiles
-    clock = timing.clock_for(step.device)
-    samples = timing.interleave({"step": call}, seconds, clock, min_rounds=2)["step"]
+def timed(step: Step, call: Callable[[], None], seconds: float, note: Callable[[dict[str, Any]], None]) -> None:
+    """Time steps for about so many seconds, at least one behind the warm-up, and note the figures after each of them.
+
+    The figures are the median seconds, the share of the device's peak, and the peak memory of the second call.
+    """
+    clock, begin = timing.clock_for(step.device), time.perf_counter()
+    note({**figures(step, [clock(call, 1)], None, None), "warm_up": True})  # compiles, makes the optimizer's state
+    samples: list[float] = []
+    before, highest = memory.peak_of(lambda: samples.append(clock(call, 1)), step.device) or (None, None)
+    note(figures(step, samples, before, highest))
+    while time.perf_counter() - begin < seconds:
+        samples.append(clock(call, 1))
+        note(figures(step, samples, before, highest))
+
+
+def figures(step: Step, samples: Sequence[float], before: int | None, highest: int | None) -> dict[str, Any]:
+    """Return what a result says of steps that took so long. before, highest: bytes without the step, and in it."""
     median = statistics.median(samples)
-    before, highest = memory.peak_of(call, step.device) or (None, None)
-    peak = next(
-        (v for name, v in PEAK_TFLOPS.items() if step.device == "cuda" and name in torch.cuda.get_device_name()), None
-    )
+    name = torch.cuda.get_device_name() if step.device == "cuda" else ""
+    peak = next((value for device, value in PEAK_TFLOPS.items() if device in name), None)
     return {
         "seconds": median,
         "samples": len(samples),
@@ -124,13 +134,14 @@ def timed(step: Step, call: Callable[[], None], seconds: float) -> dict[str, Any
         "useful_flops": step.flops,
         "TFLOP/s": step.flops / median / 1e12,
         "mfu": step.flops / median / 1e12 / peak if peak else None,
+        "counts": COUNTS,
         "peak_bytes": highest,
         "extra_bytes": None if highest is None else highest - before,
     }
 
 
 def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the call returns, or {"failed": why}: out of memory is a finding, not an end."""
+    """Return what the call returns, or {"failed": why}: out of memory is a finding, not an end."""
     try:
         return call()
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -145,47 +156,105 @@ def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             torch.cuda.empty_cache()
 
 
-def training(run: Any) -> None:
-    """Steps of the 1B model at 13,000 and 28,900 tokens, the longest that fits, then the official way."""
-    config = model_config(run.dry_run)
-    sizes = [((4, 8), 2), ((4, 8), 3)] if run.dry_run else [(FRAMES_256P, 7), (FRAMES_384P, 7)]
-    each = 0.1 if run.dry_run else 2.0
-    run.record["implementations"] = implementations(run.device)
-    run.record["steps"] = {}
-    model = None
-    for grid, frames in sizes:
-        step = Step(config, grid, frames, run.device, model=model)
-        model = step.model
-        found = run.record["steps"].setdefault(f"{step.tokens} tokens", {})
-        found["ours"] = attempt(lambda step=step: timed(step, step, each))
-        found["ours, forward and backward"] = attempt(lambda step=step: timed(step, step.backward, each))
-        run.record.save()
-    del step
-    _longest(run, config, model)
+def shared_step(run: Run, grid: tuple[int, int], frames: int) -> Step:
+    """Return a step of the 1B model, with the weights of the items before where there are some."""
+    model = shared_model(run)
     model.checkpoint_layers(0)
-    for grid, frames in sizes:
-        if run.left() < 5:
-            break
-        step = Step(config, grid, frames, run.device, model=model)
-        found = run.record["steps"][f"{step.tokens} tokens"]
-        found["losses"] = attempt(lambda step=step: _losses(step))
-        found["official"] = attempt(lambda step=step: timed(step, lambda: step("official"), each / 4))
-        run.record.save()
+    return Step(model.config, grid, frames, run.device, model=model)
 
 
-def _longest(run: Any, config: LumosConfig, model: Lumos) -> None:
-    """Steps of more and more frames of 384p; layers are computed again in backward where they do not fit otherwise."""
-    run.record["longest"] = []
-    for frames, checkpointed in [(2, False), (3, True)] if run.dry_run else [(14, False), (22, True), (14, True)]:
-        if run.left() < 5:
-            break
-        if frames in [found["frames"] for found in run.record["longest"] if "seconds" in found]:
-            continue
-        model.checkpoint_layers(int(checkpointed))
-        step = Step(config, (4, 8) if run.dry_run else FRAMES_384P, frames, run.device, model=model)
-        found = attempt(lambda step=step: timed(step, step, 0.1))
-        note = {"frames": frames, "tokens": step.tokens, "checkpointed": checkpointed, **found}
-        run.record["longest"] += [note]
+def shared_model(run: Run) -> Lumos:
+    """Return the 1B model in bf16, made by the first item of a process that needs it."""
+    if "model" not in run.shared:
+        run.shared["model"] = new_model(model_config(run.dry_run), run.device)
+    return run.shared["model"]
+
+
+def new_model(config: LumosConfig, device: str) -> Lumos:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Lumos(config).to(torch.bfloat16).train()
+
+
+def sizes(dry_run: bool) -> list[tuple[tuple[int, int], int]]:
+    """Return grid and frames of the published batches: 13,064 and 28,856 tokens."""
+    return [((4, 8), 2), ((4, 8), 3)] if dry_run else [(FRAMES_256P, 7), (FRAMES_384P, 7)]
+
+
+def _time(run: Run, key: str, step: Step, call: Callable[[], None]) -> None:
+    """Record the figures of a call under `key`, or why it failed."""
+
+    def note(found: dict[str, Any]) -> None:
+        run[key] = found
+
+    failed = attempt(lambda: timed(step, call, 0.05 if run.dry_run else 3.0, note) or {})
+    run.data.setdefault(key, {}).update(failed)
+    run.save()
+
+
+def step_finder(size: int) -> Callable[[Run], None]:
+    """Return what an item does for a batch: steps of the model, then forward and backward without the optimizer."""
+
+    def find(run: Run) -> None:
+        step = shared_step(run, *sizes(run.dry_run)[size])
+        run["implementations"] = step.model.impl
+        _time(run, "ours", step, step)
+        _time(run, "ours, forward and backward", step, step.backward)
+
+    return find
+
+
+def losses(run: Run) -> None:
+    """Record both losses of the smaller batch, ours and the official style's."""
+    step = shared_step(run, *sizes(run.dry_run)[0])
+    run["tokens"] = step.tokens
+    run["losses"] = attempt(lambda: _losses(step))
+
+
+def kernel_table(run: Run) -> None:
+    """Record the kernels of one step of the larger batch, the longest first, and where the host waits in it."""
+    step = shared_step(run, *sizes(run.dry_run)[-1])
+    step()
+    run["tokens"] = step.tokens
+    run["kernels"] = profiles.table(step, run.device, top=40)
+    run["host_syncs"] = attempt(lambda: host_syncs(step)) if run.device == "cuda" else None
+
+
+def official_step(run: Run) -> None:
+    """Record a step of the larger batch in the official style."""
+    step = shared_step(run, *sizes(run.dry_run)[-1])
+    run["tokens"] = step.tokens
+    _time(run, "official", step, lambda: step("official"))
+
+
+def longest(run: Run) -> None:
+    """Record one step of 90,116 tokens whose layers are computed again in backward. It is on file phase by phase."""
+    step = shared_step(run, *(((4, 8), 3) if run.dry_run else (FRAMES_384P, 22)))
+    step.model.checkpoint_layers(1)
+    run["tokens"], run["checkpointed"] = step.tokens, True
+    run["phases"] = {}
+    run["step"] = attempt(lambda: _in_phases(run, step))
+
+
+def _in_phases(run: Run, step: Step) -> dict[str, Any]:
+    start = time.perf_counter()
+    if step.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if step.device == "cuda" else None
+
+    def done(phase: str) -> None:
+        if step.device == "cuda":
+            torch.cuda.synchronize()
+        run["phases"] = {**run["phases"], phase: time.perf_counter() - start}
+
+    loss = step.loss()
+    done("forward")
+    loss.backward()
+    done("backward")
+    step.optimizer.step()
+    done("optimizer")
+    highest = torch.cuda.max_memory_allocated() if step.device == "cuda" else None
+    return figures(step, [time.perf_counter() - start], before, highest)
 
 
 def _losses(step: Step) -> dict[str, Any]:
@@ -196,8 +265,8 @@ def _losses(step: Step) -> dict[str, Any]:
     return {"ours": ours, "official": official, "agree": agree}
 
 
-def launches(run: Any) -> None:
-    """Kernels that a layer launches, and how often the host waits in a step: from models of two and four layers."""
+def launches(run: Run) -> None:
+    """Record how many kernels a layer launches: the difference between models of four and of two layers."""
     counts: dict[str, list[int]] = {"forward": [], "step": []}
     for layers in (2, 4):
         small = model_config(run.dry_run, num_hidden_layers=layers, vocab_size=65536 + 1024)
@@ -205,11 +274,9 @@ def launches(run: Any) -> None:
         step.backward()
         counts["forward"].append(len(kernels(lambda step=step: step.loss(), run.device)))
         counts["step"].append(len(kernels(step.backward, run.device)))
-        run.record[f"kernels of {layers} layers"] = {name: values[-1] for name, values in counts.items()}
-    run.record["forward_per_layer"] = (counts["forward"][1] - counts["forward"][0]) / 2
-    run.record["step_per_layer"] = (counts["step"][1] - counts["step"][0]) / 2
-    run.record["by_name"] = Counter(kernels(step.backward, run.device)).most_common(40)
-    run.record["host_syncs"] = attempt(lambda: host_syncs(step)) if run.device == "cuda" else None
+    run["forward_per_layer"] = (counts["forward"][1] - counts["forward"][0]) / 2
+    run["step_per_layer"] = (counts["step"][1] - counts["step"][0]) / 2
+    run["by_name"] = Counter(kernels(step.backward, run.device)).most_common(40)
 
 
 def kernels(call: Callable[[], Any], device: str) -> list[str]:
@@ -236,48 +303,3 @@ def host_syncs(step: Step) -> dict[str, Any]:
         torch.cuda.set_sync_debug_mode("default")
     where = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
     return {"count": len(where), "where": Counter(where).most_common(10)}
-
-
-def generation(run: Any) -> None:
-    """One generated frame, then a whole 256p video if the time allows it: 50 steps with guidance."""
-    if not hasattr(lumos, "generate_tokens"):
-        run.record["result"] = "lumos has no generate_tokens yet"
-        return
-    config = model_config(run.dry_run)
-    torch.manual_seed(0)
-    with torch.device(run.device):
-        model = Lumos(config).to(torch.bfloat16).eval()
-    model.impl = implementations(run.device)
-    grid, steps = ((4, 8), 2) if run.dry_run else (FRAMES_256P, 50)
-    prompt = document(config, grid, 0, PROMPT_TEXT)[0, :-2]
-    run.record["frames"] = {}
-    for frames in (1, 7):
-        spent = run.record["frames"].get("1", {}).get("seconds", 0.0)
-        if 7 * spent > run.left():
-            run.record["left_out"] = f"{frames} frames: {run.left():.0f} s are left, one frame took {spent:.1f} s"
-            break
-        found = attempt(lambda frames=frames: _generate(model, prompt, grid, frames, steps, run.device))
-        run.record["frames"] = {**run.record["frames"], str(frames): found}
-
-
-def _generate(model: Lumos, prompt: Tensor, grid: tuple[int, int], frames: int, steps: int, device: str) -> dict:
-    options = {"grid": grid, "steps": steps, "guidance_scale": 15.0}
-    lumos.generate_tokens(model, [prompt], frames=1, **{**options, "steps": 2})  # compiles
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    [ids] = lumos.generate_tokens(model, [prompt], frames=frames, **options)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    first, last = model.config.classes
-    codes = int(((ids >= first) & (ids < last)).sum())
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    return {
-        "seconds": seconds,
-        "steps": steps,
-        "codes": codes,
-        "complete": codes == frames * grid[0] * grid[1],
-        "peak_bytes": peak,
-    }

@@ -6,24 +6,19 @@ Without a CUDA device they are deselected like every test marked gpu. LUMOS_GPU_
     ops        list of op names: only those
     impls      list of implementations instead of the device's own: ["triton"] with device "cpu" and TRITON_INTERPRET=1
                rehearses Triton's in its interpreter
-    outcomes   file to which a JSON line is appended when a test starts and when it ends: what is known of a run that
-               a broken kernel takes down
-    done       file with the node ids that are not run again
+
+bench/gpu/notes.py, a plugin, keeps the outcomes of a run on file and has settings of its own in the same variable.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from gpu_settings import device, implementations, settings
+from gpu_settings import device, implementations
 
 from lumos_kernels import dispatch
 
@@ -33,9 +28,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # bf16 is wrong in the stock inte
     import interpreter_bf16
 
     interpreter_bf16.install()
-# What an error says when the CUDA context is gone: every later test in the process would fail for nothing.
-GONE = pytest.StashKey[bool]()
-LOST = re.compile(r"illegal memory access|device-side assert|unspecified launch failure|misaligned address")
 
 
 def pytest_generate_tests(metafunc):
@@ -47,44 +39,9 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # before the markers deselect
 def pytest_collection_modifyitems(config, items):
-    done = set(Path(settings()["done"]).read_text().split("\n")) if "done" in settings() else set()
     for item in items:
         if HERE in item.path.parents and device() != "cpu":
             item.add_marker(pytest.mark.gpu)
-    items[:] = [item for item in items if item.nodeid not in done]
-
-
-def _note(**line: Any) -> None:
-    if "outcomes" in settings():
-        with open(settings()["outcomes"], "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item):
-    if HERE not in item.path.parents:
-        yield
-        return
-    _note(test=item.nodeid, outcome="started", pair=_pair(item))
-    start = time.perf_counter()
-    yield
-    _note(test=item.nodeid, seconds=round(time.perf_counter() - start, 3))
-    if item.stash.get(GONE, False):
-        item.session.shouldstop = "the device is lost"
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item):
-    outcome = yield
-    report = outcome.get_result()
-    item.stash[GONE] = (report.failed and bool(LOST.search(str(report.longrepr)))) or item.stash.get(GONE, False)
-    report.lost = item.stash[GONE]
-
-
-def pytest_runtest_logreport(report):
-    if "tests/gpu" in report.nodeid and (report.when == "call" or report.outcome != "passed"):
-        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
-        _note(test=report.nodeid, outcome=report.outcome, reason=reason[-1500:], lost=report.lost)
 
 
 def _pair(item) -> list[str] | None:

@@ -1,10 +1,13 @@
 """Values and structure at real sizes: against fp64, and by changing only what must not matter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_examples import dense_sdpa, example, sizes
 from gpu_settings import device
 
+from bench.gpu.fused import attention_fused
 from lumos_kernels import frame_attention
 from lumos_kernels.masked_sample.philox import exponentials
 from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_reference, eager_loss
@@ -57,6 +60,27 @@ def test_attention_is_as_close_to_fp64_as_sdpa(op, impl, size, dtype, device):
     sdpa = dense_sdpa(*leaves, part.args["limits"])
     low = [sdpa.detach(), part.call("reference")[1], *torch.autograd.grad(sdpa, leaves, part.upstream)]
     compare(("o", "lse", "dq", "dk", "dv"), ours, low, part.to(torch.float64).with_gradients("reference"))
+
+
+@pytest.mark.ops("frame_attention")
+@pytest.mark.parametrize("size", SIZES[:2], ids=lambda size: size.name)
+def test_the_fused_backward_is_as_close_to_fp64_as_sdpa(op, impl, size, device):
+    """The fused backward by its name, and deterministic=False, which takes it where the tuned table says so. Both may
+    sum in any order; their forward stays bitwise that of the deterministic one.
+    """
+    one = example(op, size, device)
+    kv_heads = [0, size.kv_heads - 1]
+    queries, part = _heads(one, kv_heads)
+    leaves = [part.args[name].clone().requires_grad_() for name in ("q", "k", "v")]
+    low = torch.autograd.grad(dense_sdpa(*leaves, part.args["limits"]), leaves, part.upstream)
+    exact = part.to(torch.float64).with_gradients("reference")[2:]
+    forward = one.call(impl)
+    for call in (attention_fused, None):
+        chosen = one if call is None else replace(one, call_op=call)
+        o, lse, dq, dk, dv = chosen.with_gradients(impl, **({} if call else {"deterministic": False}))
+        assert_bitwise_equal(o, forward[0], "o")
+        assert_bitwise_equal(lse, forward[1], "lse")
+        compare(("dq", "dk", "dv"), (dq[:, queries], dk[:, kv_heads], dv[:, kv_heads]), low, exact)
 
 
 @pytest.mark.ops("frame_attention")
