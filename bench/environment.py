@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 
 from lumos_kernels import __version__, library
+from lumos_kernels.env import cpu_model
+from lumos_kernels.version import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -42,7 +43,7 @@ def record(device: str, threads: int) -> dict[str, Any]:
         "isas": list(library.isas()),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "load_average": os.getloadavg()[0],
-        "versions": {"lumos-kernels": __version__, **_versions(), "cuda": torch.version.cuda},
+        "versions": {"lumos-kernels": __version__, **versions(PACKAGES), "cuda": torch.version.cuda},
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -63,14 +64,6 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else cpu_model()
 
 
-def cpu_model() -> str:
-    """Return the model as the kernel names it, e.g. "AMD EPYC 9R14"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def available_memory(device: str) -> int | None:
     """Free bytes on the device; None where the system does not tell."""
     if device == "cuda":
@@ -80,16 +73,6 @@ def available_memory(device: str) -> int | None:
         return None
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="utf-8"))
     return int(found[1]) * 1024 if found else None
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _git(*command: str) -> str | None:

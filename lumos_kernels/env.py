@@ -7,7 +7,6 @@ one does not run, and the verdicts of the self-check on this GPU. A bug report s
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from . import cache, dispatch, library, self_check
-from .version import __version__
+from .version import __version__, versions
 
 PACKAGES = ("torch", "triton", "numpy", *self_check.PACKAGES[1:])
 
@@ -30,21 +29,10 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that are installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def facts() -> Iterator[tuple[str, str]]:
     """Yield what is known of the installation and the machine: (name, value)."""
     yield "lumos-kernels", __version__
-    yield "packages", ", ".join(f"{name} {version}" for name, version in versions().items())
+    yield "packages", ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items())
     yield "system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "CPU", f"{cpu_model()}, {cores} cores, {torch.get_num_threads()} threads of torch"

@@ -15,7 +15,6 @@ import contextlib
 import datetime
 import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -33,6 +32,7 @@ from .battery import Finding, Subject
 from .dispatch import Op, Problem, architecture, needs_self_check
 from .errors import dtype_name
 from .examples import DETERMINISTIC
+from .version import versions
 
 logger = logging.getLogger("lumos_kernels")
 
@@ -274,14 +274,8 @@ def file_name(gpu: int | None) -> str:
 
 def machine(gpu: int | None) -> dict[str, str]:
     """Return what a verdict depends on: the GPU, its driver, the versions, the compiler's settings and the code."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     settings = {name: os.environ[name] for name in COMPILER_SETTINGS if name in os.environ}
-    return {**gpu_facts(gpu), "torch": torch.__version__, **versions, **settings, "code": code_digest()}
+    return {**gpu_facts(gpu), "torch": torch.__version__, **versions(PACKAGES), **settings, "code": code_digest()}
 
 
 def gpu_facts(gpu: int | None) -> dict[str, str]:

@@ -25,9 +25,9 @@ from unittest import mock
 
 import torch
 
-from bench.environment import cpu_model
 from bench.gpu.processes import ROOT, write_json
 from bench.shapes import M1B, M3B
+from lumos_kernels.env import cpu_model
 
 if TYPE_CHECKING:
     from bench.gpu.worker import Run
