@@ -1,11 +1,16 @@
 """The examination of one implementation on the machine at hand: errors, structure, gradients, determinism, time.
 
 The tolerance is the one of testing.assert_close_to_reference, from an eager computation that rounds where the kernels
-round. fp32 results get FP32_SLACK on top: a GPU's exp2, log2 and rsqrt err by up to two units in the last place.
+round. That runs on the CPU, where no TF32 loosens it. fp32 results get FP32_SLACK on top: a GPU's exp2, log2 and rsqrt
+err by up to two units in the last place. Half-precision results whose rows are all much alike (Example.even) are also
+compared row by row, by the root of their mean square error: a small error in a few rows hides below the tolerance of an
+element, which comes from the largest elements of the whole tensor.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +28,13 @@ from .testing import assert_bitwise_equal, awkward_gradients, errors_and_budget
 FP32_SLACK = 4 * torch.finfo(torch.float32).eps  # of the largest exact element
 REPEATS = 20  # runs that must agree bit for bit, in a thorough examination
 TIMED = 5  # runs of which the median counts
+QUICK_FORMS = ("expanded from one element", "transposed", "every second row")  # of upstream gradients
+CPU = torch.device("cpu")
+
+# A row's relative error may be twice the larger of its eager error and ROW_SPREAD times the eager median. Rows whose
+# eager error is beyond UNEVEN times the median lose digits to cancellation, and the elements' tolerance is enough.
+ROW_SPREAD = 2.0
+UNEVEN = 3.0
 
 
 class Subject(NamedTuple):
@@ -80,19 +92,31 @@ class Finding:
 CHECKS = ("error", "perturbation", "gradients", "determinism")
 
 
-def examine(subject: Subject, thorough: bool = False, proceed: Callable[[], None] = lambda: None) -> Finding:
+def examine(
+    subject: Subject, thorough: bool = False, timed: bool = False, proceed: Callable[[], None] = lambda: None
+) -> Finding:
     """Return the finding of one subject.
 
-    thorough: every form of upstream gradient and REPEATS runs, instead of one form and two runs.
+    thorough: every form of upstream gradient and REPEATS runs, instead of QUICK_FORMS and two runs.
+    timed: measure Finding.milliseconds too, which waits for all work on the device.
     proceed: called between the parts; it raises to end the examination.
 
     An exception of the implementation is raised as it is.
     """
+    with _without_tf32():
+        return _examine(subject, thorough, timed, proceed)
+
+
+def _examine(subject: Subject, thorough: bool, timed: bool, proceed: Callable[[], None]) -> Finding:
     finding = Finding(outcome=dict.fromkeys(CHECKS, "-"))
     cases = examples.examples(subject.op, subject.dtype, subject.head_dim, subject.device, subject.kind)
     for example in cases:
         proceed()
         found = example.run(subject.impl)
+        misshapen = list(_misshapen(example, found))
+        if misshapen:
+            finding.note("error", misshapen[0])
+            continue
         for deviation, complaint in _compare(example, found):
             finding.note("error", complaint)
             if finding.worst is None or not deviation.share <= finding.worst.share:
@@ -104,16 +128,44 @@ def examine(subject: Subject, thorough: bool = False, proceed: Callable[[], None
         for check, complaints in others.items():
             for complaint in complaints:
                 finding.note(check, complaint)
-    proceed()
-    finding.milliseconds = _milliseconds(cases[0], subject)
+    if timed:
+        proceed()
+        finding.milliseconds = _milliseconds(cases[0], subject)
     return finding
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Compute fp32 matmuls in fp32 for a while. The setting is the process's: other threads are slower meanwhile."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by the newer of torch's two interfaces, which do not mix
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _misshapen(example: Example, found: Values) -> Iterator[str]:
+    """Yield a complaint for each result that has not the reference's shape and dtype."""
+    for name, like in dataclasses.replace(example.on(CPU), kind=DETERMINISTIC).run("reference").items():
+        ours, expected = ((x.dtype, list(x.shape)) for x in (found[name], like))
+        if ours != expected:
+            yield f"{example.name}: {name} is {ours[0]} {ours[1]} instead of {expected[0]} {expected[1]}"
 
 
 def _compare(example: Example, found: Values) -> Iterator[tuple[Deviation, str | None]]:
     """Yield for each result the element that is farthest off, and a complaint where it is out of tolerance."""
-    for name, ours, eager, exact in example.judged(found, example.eager(), example.exact()):
+    device = next(iter(found.values())).device
+    yardstick = {name: value.to(device) for name, value in example.on(CPU).eager().items()}
+    for name, ours, eager, exact in example.judged(found, yardstick, example.exact()):
         if not ours.numel():
             continue
+        if name in example.even and ours.dtype.itemsize == 2:
+            yield _compare_rows(f"{example.name}: {name}", name, ours, eager, exact)
         error, eager_error, bound = errors_and_budget(ours, eager, exact)
         if ours.dtype == torch.float32:
             bound = bound + FP32_SLACK * exact.double().nan_to_num(0.0, 0.0, 0.0).abs().max()
@@ -131,6 +183,27 @@ def _compare(example: Example, found: Values) -> Iterator[tuple[Deviation, str |
         yield worst, complaint
 
 
+def _compare_rows(title: str, name: str, ours: Tensor, eager: Tensor, exact: Tensor) -> tuple[Deviation, str | None]:
+    """Return the row that is farthest off, by the root of its mean square error relative to the exact row."""
+    high = exact.double()
+    size = high.square().mean(-1).sqrt()
+    rows = size > 0
+    if not rows.any():
+        return Deviation(f"{name} rows", 0.0, 0.0, 0.0), None
+    error, eager_error = (
+        torch.where(rows, (x.double() - high).square().mean(-1).sqrt() / size, 0.0) for x in (ours, eager)
+    )
+    usual = eager_error[rows].median()
+    bound = 2 * torch.maximum(eager_error, ROW_SPREAD * usual)
+    share = torch.where(rows & (eager_error <= UNEVEN * usual), error / bound, 0.0).nan_to_num(torch.inf)
+    at = int(share.argmax())
+    worst = Deviation(f"{name} rows", *(float(x.flatten()[at]) for x in (error, eager_error, bound)))
+    wrong = int((share > 1).sum())
+    if not wrong:
+        return worst, None
+    return worst, f"{title}: {wrong} of {share.numel()} rows off by {worst.error:.3g}, {worst.bound:.3g} is allowed"
+
+
 def _perturbed(example: Example, subject: Subject) -> Iterator[str | None]:
     for change in example.changes():
         before, after = change.before.run(subject.impl), change.after.run(subject.impl)
@@ -141,19 +214,18 @@ def _perturbed(example: Example, subject: Subject) -> Iterator[str | None]:
 
 def _other_gradients(example: Example, subject: Subject, thorough: bool) -> Iterator[str | None]:
     """Compare upstream gradients of unusual strides with the same values in dense memory."""
-    if not example.upstream:
-        return
-    name, gradient = next(iter(example.upstream.items()))
-    if not gradient.dim():
-        return
-    for form, strided in awkward_gradients(gradient.shape, gradient.dtype, device=gradient.device):
-        if not thorough and form != "transposed":
+    for name, gradient in example.upstream.items():
+        if not gradient.dim() or not gradient.numel():
             continue
-        dense, given = ({**example.upstream, name: g} for g in (strided.contiguous(), strided))
-        expected, found = (example.replace(upstream).run(subject.impl) for upstream in (dense, given))
-        for leaf in example.leaves:
-            result = f"d{leaf}"
-            yield _difference(found[result], expected[result], f"{example.name}: gradient {form}: {result}")
+        for form, strided in awkward_gradients(gradient.shape, gradient.dtype, device=gradient.device):
+            if not thorough and form not in QUICK_FORMS:
+                continue
+            dense, given = ({**example.upstream, name: g} for g in (strided.contiguous(), strided))
+            expected, found = (example.replace(upstream).run(subject.impl) for upstream in (dense, given))
+            for leaf in example.leaves:
+                result = f"d{leaf}"
+                title = f"{example.name}: gradient of {name} {form}: {result}"
+                yield _difference(found[result], expected[result], title)
 
 
 def _repeated(example: Example, subject: Subject, first: Values, runs: int) -> Iterator[str | None]:

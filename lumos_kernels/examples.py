@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import limits
 from .dispatch import Op
+from .limits import Limits
 
 DETERMINISTIC = "deterministic"  # the kind of backward that gives the same bits every time
 LARGE = 300.0  # finite in every dtype, and no rounding could hide it
@@ -42,7 +44,7 @@ class Example:
     """Arguments of an op's public function, and the gradients that arrive at its outputs.
 
     leaves: names of the arguments that get a gradient. upstream: name of an output -> its gradient.
-    kind: the kind of backward that runs.
+    kind: the kind of backward that runs. lowered: limits under which the example runs.
     """
 
     name: str
@@ -50,6 +52,10 @@ class Example:
     leaves: tuple[str, ...] = ()
     upstream: Mapping[str, Tensor] = field(default_factory=dict)
     kind: str = DETERMINISTIC
+    lowered: Limits = limits.USUAL
+
+    # Results whose rows are sums without cancellation: the relative error of their rows is much the same everywhere.
+    even: ClassVar[tuple[str, ...]] = ()
 
     def outputs(self, impl: str, args: Mapping[str, Any]) -> Values:
         """Return the outputs of the public function by name, differentiable in the leaves."""
@@ -65,6 +71,11 @@ class Example:
 
     def run(self, impl: str) -> Values:
         """Return the outputs and the gradients of the leaves."""
+        # The limits hold for this thread, so the backward pass has to stay in it.
+        with limits.lowered(self.lowered), torch.autograd.set_multithreading_enabled(False):
+            return self._run(impl)
+
+    def _run(self, impl: str) -> Values:
         args = {
             name: value.detach().requires_grad_() if name in self.leaves else value for name, value in self.args.items()
         }
@@ -96,6 +107,14 @@ class Example:
             "reference"
         )
 
+    def on(self, device: torch.device) -> Example:
+        """Return the example with its tensors on a device."""
+
+        def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: _moved(value, device) for name, value in values.items()}
+
+        return dataclasses.replace(self, args=moved(self.args), upstream=moved(self.upstream))
+
     def replace(self, upstream: Mapping[str, Tensor] | None = None, **args: Any) -> Any:
         """Return the example with other arguments, or with other gradients that arrive."""
         given = self.upstream if upstream is None else upstream
@@ -114,10 +133,23 @@ class Draw:
         values = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
         return (mean + std * values).to(self.device, self.dtype)
 
+    def signs(self, *shape: int) -> Tensor:
+        """Return 0.25 and -0.25. Sums of products of them are exact in every order and precision."""
+        return self.integers(0, 2, *shape).sub(0.5).mul(0.5).to(self.dtype)
+
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Return int64 in [low, high) on the device of the draw."""
         values = torch.randint(low, high, shape, generator=self.generator, dtype=torch.int64, device="cpu")
         return values.to(self.device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {part.name: _moved(getattr(value, part.name), device) for part in dataclasses.fields(value)}
+        return dataclasses.replace(value, **parts)
+    return value
 
 
 def spoiled(x: Tensor, rows: slice | Tensor) -> Tensor:
@@ -127,6 +159,30 @@ def spoiled(x: Tensor, rows: slice | Tensor) -> Tensor:
     sign = torch.where(torch.arange(count, device=x.device) % 2 == 0, LARGE, -LARGE)
     x[rows] = sign.to(x.dtype).view(x[rows].shape)
     return x
+
+
+# Distances of the columns that tie: in a line of four, in a block, and in blocks of 2,048, 4,096 and others.
+TIES = ((0, 1), (5, 95), (8, 8 + 2_048), (13, 17 + 4_096), (22, 5_000))
+
+
+def tie(draw: Draw, hidden: Sequence[Tensor], weight: Tensor) -> None:
+    """Make the largest logits of the first rows of hidden[0] @ weight.T exactly equal, those of a pair of TIES each.
+
+    The first rows of the other hidden states become zero.
+    """
+    for row, pair in enumerate(TIES):
+        pattern = draw.signs(weight.shape[1])
+        weight[list(pair)] = pattern
+        hidden[0][row] = 4 * pattern
+        for other in hidden[1:]:
+            other[row] = 0
+
+
+def first_of_ties(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which rows have two equal largest logits that carry no rounding, and the first column of the largest."""
+    top, columns = high.topk(min(2, high.shape[1]))
+    rounded = (low.gather(1, columns) - top).abs().amax(1)
+    return (top[:, 0] == top[:, -1]) & (rounded == 0) & (high.shape[1] > 1), high.argmax(1)
 
 
 def kinds(op: Op[Any], impl: str) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+from . import limits
+
 INT32_MAX = 2**31 - 1
 
 
@@ -20,7 +22,7 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
 
 def needs_int64_offsets(*tensors: Tensor) -> bool:
     """Return whether an element of one of the tensors lies 2^31 or more elements from the first one."""
-    return any(
+    return limits.current().int64 or any(
         sum((size - 1) * abs(stride) for size, stride in zip(t.shape, t.stride(), strict=True)) > INT32_MAX
         for t in tensors
         if t.numel()

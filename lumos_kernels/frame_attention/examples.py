@@ -11,38 +11,46 @@ from torch import Tensor
 
 from ..examples import DETERMINISTIC, Change, Draw, Example, Values, spoiled
 from ..layout import RowLimits
+from ..limits import USUAL, Limits
 from .api import frame_attention
 from .contract import FUSED, Inputs, OutputGradients
 
 KINDS = {"triton": (DETERMINISTIC, FUSED)}
 HEAD_DIMS = (32, 64, 96, 128)
 _LOG2_E = 1.4426950408889634
+_CAUSAL = 165  # tokens of the example with sections
 
 
 class AttentionExample(Example):
     """A call of frame_attention."""
+
+    even = ("o", "dv")
 
     def outputs(self, impl: str, args: Mapping[str, Any]) -> Values:
         """Return o and lse."""
         o, lse = frame_attention(**args, return_lse=True, deterministic=True, impl=impl)
         return {"o": o, "lse": lse}
 
-    def run(self, impl: str) -> Values:
-        """Return o, lse and the gradients. The fused backward is called by its name: no option asks for it."""
+    def _run(self, impl: str) -> Values:
         if self.kind != FUSED:
-            return super().run(impl)
+            return super()._run(impl)
+        # The fused backward is called by its name: no option asks for it.
         triton: Any = importlib.import_module(f"{__package__}.triton")
         args = self.args
-        inputs = Inputs(args["q"], args["k"], args["v"], args["limits"], args["q"].shape[2] ** -0.5)
+        inputs = Inputs(args["q"], args["k"], args["v"], args["limits"], self._scale())
         outputs = triton.forward(inputs)
         grad = OutputGradients(self.upstream["o"], self.upstream.get("lse"))
         gradients = triton.backward_fused(inputs, outputs, grad)
         return {"o": outputs.o, "lse": outputs.lse, "dq": gradients.q, "dk": gradients.k, "dv": gradients.v}
 
+    def _scale(self) -> float:
+        scale: float | None = self.args["scale"]
+        return self.args["q"].shape[2] ** -0.5 if scale is None else scale
+
     def eager(self) -> Values:
         """Return the results of dense matmuls. p and its gradient are rounded to the dtype before their matmuls."""
         q, k, v = (self.args[name] for name in ("q", "k", "v"))
-        dtype, group, scale = q.dtype, q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+        dtype, group, scale = q.dtype, q.shape[1] // k.shape[1], self._scale()
         q_, k_, v_ = (x.float().transpose(0, 1) for x in (q, k, v))
         k_, v_ = (x.repeat_interleave(group, 0) for x in (k_, v_))
         visible = self.args["limits"].dense_mask()
@@ -55,7 +63,7 @@ class AttentionExample(Example):
         delta = (do * o.float()).sum(-1) - self.upstream.get("lse", 0.0)
         ds = (exact_p * (do @ v_.mT - delta[..., None])).to(dtype).float()
         dq, dk, dv = scale * (ds @ k_), scale * (ds.mT @ q_), p.mT @ do
-        dk, dv = (x.unflatten(0, (-1, group)).sum(1) for x in (dk, dv))
+        dk, dv = (x.unflatten(0, (k.shape[1], group)).sum(1) for x in (dk, dv))
         o, dq, dk, dv = (x.transpose(0, 1).to(dtype) for x in (o, dq, dk, dv))
         return {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
@@ -64,6 +72,8 @@ class AttentionExample(Example):
         q, k, v = (self.args[name] for name in ("q", "k", "v"))
         limits: RowLimits = self.args["limits"]
         cut = limits.num_queries // 2
+        if not cut:
+            return
         last = int(limits.kv_end[:cut].max())
         if last == limits.num_keys:
             return
@@ -83,14 +93,20 @@ class AttentionExample(Example):
 
 
 def examples(dtype: torch.dtype, head_dim: int, device: torch.device) -> Iterator[AttentionExample]:
-    """Yield packed documents with rows without keys, and a sliding window over a longer cache.
+    """Yield packed documents with rows without keys, a sliding window over a longer cache, and calls without work.
 
-    The first one has groups of four query heads, slices of a fused projection, a gradient of lse and scores so large
-    that the online softmax must follow the running maximum. Neither length is a multiple of a tile.
+    The first one has groups of four query heads, slices of a fused projection, a large gradient of lse and scores so
+    large that the online softmax must follow the running maximum. No length is a multiple of a tile. The third one has
+    two sections of kv heads, the second of which is not full.
     """
-    for name, limits, heads, kv_heads, with_lse in (
-        ("documents, fused projection", _documents(device), 8, 2, True),
-        ("window over a cache", _window(device), 3, 3, False),
+    head_bytes = 2 * _CAUSAL * head_dim * dtype.itemsize  # K and V of a head, or q and the gradient of o
+    sections = Limits(section_bytes=2 * head_bytes, int64=True)
+    for name, limits, heads, kv_heads, scale, with_lse, lowered in (
+        ("documents, fused projection", _documents(device), 8, 2, None, True, USUAL),
+        ("window over a cache, negative scale", _window(device), 3, 3, -0.1, False, USUAL),
+        ("two sections, int64 offsets", _causal(_CAUSAL, device), 3, 3, 0.2, True, sections),
+        ("no tokens", _causal(0, device), 4, 2, None, True, USUAL),
+        ("no keys", _no_keys(5, device), 4, 2, None, True, USUAL),
     ):
         queries, keys = limits.num_queries, limits.num_keys
         draw = Draw(keys, dtype, device)
@@ -101,8 +117,9 @@ def examples(dtype: torch.dtype, head_dim: int, device: torch.device) -> Iterato
         q[:, 1::2] *= 4
         upstream = {"o": draw.normal(queries, heads, head_dim)}
         if with_lse:
-            upstream["lse"] = draw.normal(heads, queries).float()
-        yield AttentionExample(name, {"q": q, "k": k, "v": v, "limits": limits}, ("q", "k", "v"), upstream)
+            upstream["lse"] = draw.normal(heads, queries, std=10.0).float()
+        args = {"q": q, "k": k, "v": v, "limits": limits, "scale": scale}
+        yield AttentionExample(name, args, ("q", "k", "v"), upstream, lowered=lowered)
 
 
 def _documents(device: torch.device) -> RowLimits:
@@ -116,6 +133,17 @@ def _documents(device: torch.device) -> RowLimits:
     end = torch.where((row >= text) & (row < first), in_frames, row + 1)
     end = torch.where((row >= first) & (row < first + 10), first, end)
     return _limits(torch.where(row < first, 0, first), end, total)
+
+
+def _causal(tokens: int, device: torch.device) -> RowLimits:
+    """Return the limits of plain text."""
+    row = torch.arange(tokens, dtype=torch.int64, device=device)
+    return _limits(torch.zeros_like(row), row + 1, tokens)
+
+
+def _no_keys(queries: int, device: torch.device) -> RowLimits:
+    nothing = torch.zeros(queries, dtype=torch.int64, device=device)
+    return _limits(nothing, nothing, 0)
 
 
 def _window(device: torch.device) -> RowLimits:

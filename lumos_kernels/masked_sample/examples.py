@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..examples import Change, Draw, Example, Values, spoiled
+from ..examples import Change, Draw, Example, Values, first_of_ties, spoiled, tie
+from ..limits import USUAL, Limits
 from .api import masked_sample
 from .philox import gumbels
 
@@ -49,8 +50,8 @@ class SampleExample(Example):
     def judged(self, found: Values, eager: Values, exact: Values) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """Yield the exact score of the drawn class against the best one, and the logarithm of the confidence."""
         logits = exact["logits"]
-        rounding = (eager["logits"] - logits).abs().max()
-        noise = 0.0 if self.args.get("greedy") else gumbels(self.args["row_keys"], logits.shape[1]).double()
+        rounding = (eager["logits"] - logits).abs().amax() if logits.numel() else 0.0
+        noise = 0.0 if self.args["greedy"] else gumbels(self.args["row_keys"], logits.shape[1]).double()
         first, last = self.args["classes"]
         drawn = found["ids"] - first
         inside = (drawn >= 0) & (drawn < last - first)
@@ -60,11 +61,16 @@ class SampleExample(Example):
         # A draw compares two sums, each of which carries the rounding of its logit and of the sum.
         yield "drawn", torch.where(inside, reached, torch.nan), best - 2 * rounding, best
         chosen = logits.log_softmax(1).gather(1, at)[:, 0]
+        if self.args["greedy"]:
+            tied, first_best = first_of_ties(eager["logits"], logits)
+            yield "first of ties", drawn[tied].double(), first_best[tied].double(), first_best[tied].double()
         yield "log confidence", found["confidence"].double().log(), chosen - rounding, chosen
 
     def changes(self) -> Iterator[Change]:
         """Yield the change of some rows and of the other classes, which must not reach the other rows."""
         rows = self.args["hidden_cond"].shape[0]
+        if not rows:
+            return
         changed = slice(rows // 3, rows // 2)
         others = torch.ones(rows, dtype=torch.bool, device=self.args["hidden_cond"].device)
         others[changed] = False
@@ -78,23 +84,34 @@ class SampleExample(Example):
 
 
 def examples(dtype: torch.dtype, head_dim: int, device: torch.device) -> Iterator[SampleExample]:
-    """Yield a guided draw over a ragged slice, an unguided one over a slice of whole vectors, and the greedy choice."""
-    for name, rows, last, guidance, greedy in (
-        ("guided, ragged slice", 67, VOCABULARY - 3, 3.0, False),
-        ("unguided", 33, FIRST + 4_096, None, False),
-        ("greedy", 33, VOCABULARY, 3.0, True),
-        ("one class", 5, FIRST + 1, None, False),
+    """Yield guided draws in two chunks over a ragged slice, unguided ones, greedy choices with ties, small calls."""
+    rows_of_chunk = Limits(chunk_bytes=1)  # the least that a chunk holds, 128 rows
+    for name, rows, last, guidance, temperature, greedy, lowered in (
+        ("guided, ragged slice", 167, VOCABULARY - 3, 3.0, 0.9, False, rows_of_chunk),
+        ("unguided", 33, FIRST + 4_096, None, 1.3, False, USUAL),
+        ("greedy, ties", 33, VOCABULARY, 3.0, 0.5, True, USUAL),
+        ("one class", 5, FIRST + 1, None, 1.0, False, USUAL),
+        ("no rows", 0, VOCABULARY, 3.0, 1.0, False, USUAL),
     ):
         draw = Draw(rows, dtype, device)
-        keys = torch.stack([torch.full((rows,), 2**40 + 7), torch.arange(rows)], 1)
+        cond, weight = draw.normal(rows, 128), draw.normal(VOCABULARY, 128, std=0.3)
+        uncond = None if guidance is None else draw.normal(rows, 128)
+        if greedy and uncond is not None:
+            tie(draw, (cond, uncond), weight[FIRST:last])
         args = {
-            "hidden_cond": draw.normal(rows, 128),
-            "hidden_uncond": None if guidance is None else draw.normal(rows, 128),
-            "weight": draw.normal(VOCABULARY, 128, std=0.3),
+            "hidden_cond": cond,
+            "hidden_uncond": uncond,
+            "weight": weight,
             "classes": (FIRST, last),
             "guidance_scale": guidance,
-            "temperature": 0.9,
+            "temperature": temperature,
             "greedy": greedy,
-            "row_keys": keys.to(device, torch.int64),
+            "row_keys": _keys(rows).to(device, torch.int64),
         }
-        yield SampleExample(name, args)
+        yield SampleExample(name, args, lowered=lowered)
+
+
+def _keys(rows: int) -> Tensor:
+    """Return keys that need both words of the seed and of the counter."""
+    row = torch.arange(rows, dtype=torch.int64, device="cpu")
+    return torch.stack([2**40 + 7 + row // 2, 5 * 2**32 + 2**31 + row * 2**30], 1)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import kernel_types as kt
-from .. import tensors
+from .. import limits, tensors
 from ..launch import RowConfig, equal_chunk
 from .contract import Inputs, Outputs
 
@@ -199,7 +199,8 @@ def forward(inputs: Inputs) -> Outputs:
 
 def chunk_rows(rows: int, columns: int) -> int:
     """Return the rows of a chunk: a multiple of 128, at most LOGITS_BYTES of fp32 logits where 128 rows fit."""
-    return equal_chunk(rows, max(LOGITS_BYTES // (4 * columns) // ROW_MULTIPLE, 1) * ROW_MULTIPLE, ROW_MULTIPLE)
+    most = limits.capped(LOGITS_BYTES, limits.current().chunk_bytes)
+    return equal_chunk(rows, max(most // (4 * columns) // ROW_MULTIPLE, 1) * ROW_MULTIPLE, ROW_MULTIPLE)
 
 
 def fp32_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

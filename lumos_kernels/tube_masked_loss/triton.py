@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import kernel_types as kt
-from .. import tensors
+from .. import limits, tensors
 from ..launch import RowConfig, equal_chunk
 from .contract import Inputs, Outputs, RowLoss, StatisticGradients, Wanted
 
@@ -213,7 +213,8 @@ def backward(inputs: Inputs, lse: Tensor, grad: StatisticGradients, wanted: Want
 
 def chunk_rows(rows: int, row_bytes: int) -> int:
     """Return the target rows of a chunk: a multiple of 128, at most CHUNK_BYTES where 128 rows fit."""
-    return equal_chunk(rows, max(CHUNK_BYTES // row_bytes // ROW_MULTIPLE, 1) * ROW_MULTIPLE, ROW_MULTIPLE)
+    most = limits.capped(CHUNK_BYTES, limits.current().chunk_bytes)
+    return equal_chunk(rows, max(most // row_bytes // ROW_MULTIPLE, 1) * ROW_MULTIPLE, ROW_MULTIPLE)
 
 
 def _options(table: Mapping[int, RowConfig], logits: Tensor) -> dict[str, int]:

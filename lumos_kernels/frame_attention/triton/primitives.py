@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import kernel_types as kt
+from ... import limits
 
 LOG2_E = 1.4426950408889634
 MAX_BLOCK = 128  # rows of the largest tile; rows of lse and delta are padded to a multiple of it
@@ -167,7 +168,8 @@ def operand(x: Tensor, block: int, rank: int) -> tuple[Tensor | TensorDescriptor
 
 def heads_per_section(kv_heads: int, keys: int, head_dim: int, element_size: int) -> int:
     """Return the number of kv heads whose K and V share the L2."""
-    return min(max(SECTION_BYTES // max(2 * keys * head_dim * element_size, 1), 1), max(kv_heads, 1))
+    most = limits.capped(SECTION_BYTES, limits.current().section_bytes)
+    return min(max(most // max(2 * keys * head_dim * element_size, 1), 1), max(kv_heads, 1))
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import kernel_types as kt
-from ... import tensors
+from ... import limits, tensors
 from ..contract import Gradients, Inputs, Norm, Rotated
 from . import configs
 from .primitives import (
@@ -197,7 +197,8 @@ def backward(inputs: Inputs, grad: Rotated) -> Gradients:
     positions = positions.contiguous()
     config = configs.choose(configs.BACKWARD, q)
     blocks = triton.cdiv(tokens, config.block_tokens)
-    blocks_per_split = max(triton.cdiv(blocks, configs.MAX_SPLITS), 1)
+    most = limits.capped(configs.MAX_SPLITS, limits.current().splits)
+    blocks_per_split = max(triton.cdiv(blocks, most), 1)
     splits = triton.cdiv(blocks, blocks_per_split)
     q_side, k_side = make_side(q, grad.q, q_norm, config, splits), make_side(k, grad.k, k_norm, config, splits)
     int64 = tensors.needs_int64_offsets(*grad, q, k, positions, q_side.out, k_side.out)
@@ -216,10 +217,11 @@ def _add_partials(q_side: Side, k_side: Side, splits: int) -> tuple[Norm | None,
     q_sums, k_sums, head_dim = _sums(q_side), _sums(k_side), q_side.x.shape[2]
     if q_sums.rows + k_sums.rows:
         grid = (q_sums.rows + k_sums.rows, 2 * head_dim // configs.SUM_COLUMNS)
+        at_once = limits.capped(configs.SUM_PARTIALS, limits.current().partials)
         counts = q_side.groups_per_row * splits, k_side.groups_per_row * splits  # partials of a row
         _sum_partials_kernel[grid](
-            q_sums, k_sums, *counts, head_dim, BLOCK_N=configs.SUM_PARTIALS, BLOCK_C=configs.SUM_COLUMNS,
-            num_warps=8, enable_fp_fusion=False,
+            q_sums, k_sums, *counts, head_dim, BLOCK_N=at_once, BLOCK_C=configs.SUM_COLUMNS, num_warps=8,
+            enable_fp_fusion=False,
         )  # fmt: skip
     dq_norm, dk_norm = (
         None if sums.dweight is None or sums.dbias is None else Norm(sums.dweight, sums.dbias)
