@@ -140,7 +140,12 @@ def _without_tf32() -> Iterator[None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set by the newer of torch's two interfaces, which do not mix
-        yield
+        settings = torch.backends.cuda.matmul
+        newer, settings.fp32_precision = settings.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = newer
         return
     torch.set_float32_matmul_precision("highest")
     try:

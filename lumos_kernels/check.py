@@ -99,7 +99,7 @@ def run(subject: Subject, thorough: bool) -> Finding:
     """
     lasts = True
     try:
-        finding = battery.examine(subject, thorough)
+        finding = battery.examine(subject, thorough, timed=True)
     except Exception as error:
         finding = Finding(failures=[self_check.said(error)])
         lasts = self_check.device_is_lost(subject.device)
