@@ -88,7 +88,7 @@ class Call:
 
     def run(self) -> dict[str, Any]:
         """Run the processes in order and return the whole result, which is on file after each item."""
-        with tempfile.TemporaryDirectory(prefix="gpu-suite-") as folder:
+        with tempfile.TemporaryDirectory(prefix="gpu-suite-", ignore_cleanup_errors=True) as folder:
             stages = CALLS[self.number]
             for number, stage in enumerate(stages):
                 later = sum(other.seconds for other in stages[number + 1 :]) * self.seconds / SECONDS
