@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.gpu import proof, suite, summary
+from bench.gpu import proof, suite
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser().error(str(error))
     result = call.run()
-    print(summary.markdown(result))
+    print((call.out / "suite.md").read_text(encoding="utf-8"))
     print("Entries of dispatch.PROVEN that this supports (python -m bench.gpu.proof commits the result by its name):")
     print("\n".join(proof.conclusion(result["verdicts"], "suite.json")))
     return 0 if all(item["status"] == "ok" for item in call.items.values()) else 1

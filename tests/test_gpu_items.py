@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -108,6 +109,30 @@ def test_tests_without_time_or_without_an_outcome_are_a_problem(session, monkeyp
     assert session.go(["tests/gpu"], 20.0, 2) == [], "nothing was selected"
 
 
+def test_what_xdist_did_not_get_to_is_run_again(session, monkeypatch):
+    passed = [{"test": "a", "outcome": "started", "pair": None}, {"test": "a", "outcome": "passed"}]
+    statuses = ["failed (exit 3)", "ok"]
+
+    def bounded(command, seconds, log, **_):
+        if len(statuses) == 2:
+            session.file.write_text("".join(json.dumps(line) + "\n" for line in passed))
+        return statuses.pop(0)
+
+    monkeypatch.setattr(tests, "run_bounded", bounded)
+    assert session.go(["tests/gpu"], 20.0, 2) == []
+    assert statuses == [], "an internal error of pytest's is not its end"
+
+
+def test_what_had_too_little_memory_is_forgotten(session):
+    reasons = {"a": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "b": "AssertionError: dq"}
+    lines = [{"test": name, "outcome": "started", "pair": None} for name in reasons]
+    lines += [{"test": name, "outcome": "failed", "reason": reason} for name, reason in reasons.items()]
+    session.file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    assert session.forget(tests.MEMORY) == 1
+    assert [(test["test"], test["outcome"]) for test in session.outcomes()] == [("b", "failed")]
+    assert session.forget(tests.MEMORY) == 0
+
+
 # What is compiled, compared, tuned
 
 
@@ -142,6 +167,16 @@ def test_every_kernel_of_attention_is_launched_in_several_configurations(monkeyp
         assert 2 <= len(calls) <= compile_ahead.CANDIDATES
         assert all(own[kernel] in names for names in calls)
         assert all(("_query_kernel" in names) == (kernel in ("dkdv", "dq")) for names in calls)
+
+
+def test_the_self_checks_examples_are_launched_although_they_lie_on_the_cpu(monkeypatch):
+    from lumos_kernels.mm_rope import triton
+
+    monkeypatch.setattr(triton, "forward", mock.Mock(side_effect=RuntimeError("launched")))
+    subjects = [one for one in compile_ahead.self_check_subjects() if "mm_rope triton D=64" in one.name]
+    assert len(subjects) >= 3
+    with pytest.raises(RuntimeError, match="launched"):
+        subjects[0].call()
 
 
 def test_a_kernel_that_does_not_compile_is_a_finding(monkeypatch):

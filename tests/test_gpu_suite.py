@@ -56,6 +56,8 @@ def test_a_file_is_replaced_whole(tmp_path):
     (tmp_path / "a.json").write_text("{")
     assert read_json(tmp_path / "a.json") is None
     assert read_json(tmp_path / "absent.json") is None
+    write_json(tmp_path / "a.json", {"x": Path("y")})
+    assert read_json(tmp_path / "a.json") == {"x": "y"}, "what JSON cannot hold costs nothing else"
 
 
 def test_what_starts_the_processes_imports_no_torch():
@@ -209,6 +211,13 @@ def test_the_process_goes_on_behind_the_item_that_ended_it(run_call, tmp_path):
     assert "| b | ended the process" in text
     assert "dry run" in text
     assert "illegal memory access" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_summary_that_fails_costs_no_finding(run_call, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite.gates, "evaluate", lambda result: result["absent"])
+    result, _ = run_call(f"save(a={OK})")
+    assert items_of(result) == items_of(read_json(tmp_path / "out" / "suite.json")) == {"a": "ok"}
+    assert "KeyError: 'absent'" in (tmp_path / "out" / "suite.md").read_text()
 
 
 def test_an_item_that_hangs_is_ended_and_left(run_call):

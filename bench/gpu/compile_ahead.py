@@ -2,8 +2,9 @@
 
     python -m bench.gpu.compile_ahead     compiles everything into an empty cache, prints the seconds, predicts call 1
 
-The calls are those of tests/compile_triton.py, and attention in each configuration that the tuner tries. Their launches
-are intercepted: a process that has not touched the GPU compiles for it, and Triton's cache on disk serves the others.
+The calls are those of tests/compile_triton.py, attention in each configuration that the tuner tries, and what the
+self-checks run: small inputs of unusual strides have variants of their own. The launches are intercepted: a process
+that has not touched the GPU compiles for it, and Triton's cache on disk serves the others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from unittest import mock
 
 import torch
 
+from bench import timing
 from bench.gpu.processes import ROOT, write_json
 from bench.shapes import M1B, M3B
 from lumos_kernels.env import cpu_model
@@ -51,6 +53,7 @@ def subjects() -> list[Subject]:
     """Return what is compiled, the slowest to compile first."""
     harness = _harness()
     others = [Subject(case.name, case.call) for cases in harness.CASES for case in cases()]
+    others += self_check_subjects()
     return [*tuned_subjects(), *sorted(others, key=lambda subject: "attention" not in subject.name)]
 
 
@@ -85,6 +88,35 @@ def _attention(kernel: str, model: Any, config: Any) -> None:
         triton.backward_fused(inputs, outputs, grad, config=config)
     else:
         triton.backward_deterministic(inputs, outputs, grad, **{kernel: config})
+
+
+def self_check_subjects() -> Iterator[Subject]:
+    """Yield every example of the self-checks at the head sizes of the models."""
+    from bench.gpu.tests import own_implementations
+    from lumos_kernels import dispatch, examples
+
+    cpu = torch.device("cpu")
+    with timing.torch_threads(1):  # a process that is forked beside a pool of threads may hang
+        for name, impl in own_implementations():
+            op = dispatch.ops()[name]
+            for head_dim in (M1B.head_dim, M3B.head_dim) if examples.head_dims(op) else (None,):
+                for kind in examples.kinds(op, impl):
+                    for one in examples.examples(op, torch.bfloat16, head_dim, cpu, kind):
+                        called = f"self-check {name} {impl} D={head_dim} {kind}: {one.name}"
+                        yield Subject(called, functools.partial(_example, one, impl))
+
+
+def _example(example: Any, impl: str) -> None:
+    """Run an example of a self-check, although its tensors lie on the CPU, which the implementation refuses."""
+    from lumos_kernels.dispatch import Op
+
+    refusal = Op.refusal
+
+    def accepted(self: Any, name: str, problem: Any) -> str | None:
+        return None if name == impl else refusal(self, name, problem)
+
+    with mock.patch.object(Op, "refusal", accepted):
+        example.run(impl)
 
 
 def _harness() -> Any:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 
 LOST = re.compile(r"illegal memory access|device-side assert|unspecified launch failure|misaligned address")
+LAST = ("last_exc", "last_type", "last_value", "last_traceback")  # of sys
 EXIT = 9  # status of a process that ends itself
 GONE = pytest.StashKey[bool]()
 
@@ -65,6 +67,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
     yield
     watch.cancel()
     note(test=item.nodeid, seconds=round(time.perf_counter() - start, 3))
+    for name in LAST:  # they hold the tensors of a test that failed
+        sys.__dict__.pop(name, None)
     if item.stash.get(GONE, False):
         if hasattr(item.config, "workerinput"):  # a process of xdist's
             os._exit(EXIT)

@@ -16,8 +16,11 @@ LOG_TAIL = 4000  # characters of an output that are kept in a result
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Replace the file in one step: a reader, or a process that is killed here, sees the old or the new one."""
-    write_text(file, json.dumps(value, indent=1) + "\n")
+    """Replace the file in one step: a reader, or a process that is killed here, sees the old or the new one.
+
+    What JSON has no type for is written as text: one such value must not keep the others from the file.
+    """
+    write_text(file, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class Call:
 
     def run(self) -> dict[str, Any]:
         """Run the processes in order and return the whole result, which is on file after each item."""
-        with tempfile.TemporaryDirectory(prefix="gpu-suite-") as folder:
+        with tempfile.TemporaryDirectory(prefix="gpu-suite-", ignore_cleanup_errors=True) as folder:
             stages = CALLS[self.number]
             for number, stage in enumerate(stages):
                 later = sum(other.seconds for other in stages[number + 1 :]) * self.seconds / SECONDS
@@ -174,10 +175,15 @@ class Call:
         call = {"environment": environment, "settings": settings, "items": self.items}
         own = {"schema": results.SCHEMA, "code": self.code, "calls": {str(self.number): call}}
         result = results.merged([*self.before, own])
-        result["gates"] = gates.evaluate(result)
-        result["verdicts"] = proof.verdicts(result)
+        result |= {"gates": [], "verdicts": []}
+        try:
+            result["gates"] = gates.evaluate(result)
+            result["verdicts"] = proof.verdicts(result)
+            text = summary.markdown(result)
+        except Exception:  # what is derived can be derived again: the call goes on, and the findings are kept
+            text = f"The summary failed:\n\n{traceback.format_exc()}"
         write_json(self.out / "suite.json", result)
-        write_text(self.out / "suite.md", summary.markdown(result))
+        write_text(self.out / "suite.md", text)
         return result
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bench.gpu import results
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 ENDED = "ended the process"
 GPU_TESTS, KERNEL_TESTS = "tests/gpu", "tests/triton_kernels"
 PROCESSES = 12
+FINISHED = ("ok", "failed (exit 1)", "failed (exit 5)")  # of pytest: to the end, with failures, nothing was selected
+MEMORY = re.compile(r"out of memory|ALLOC_FAILED|OutOfMemory")
 PATIENCE = 40  # seconds a test may take; then it ends its process
 LARGE_SECONDS = 25.0  # kept for the large tests, one at a time
 DRY_RUN = {"device": "cpu", "ops": ["mm_rope"]}
@@ -54,6 +58,8 @@ def find(run: Run) -> None:
         problems = session.go([GPU_TESTS], run.left() - 1, 0)
     else:
         problems = session.go([GPU_TESTS, "-m", "not large"], run.left() - LARGE_SECONDS, PROCESSES)
+        if session.forget(MEMORY):  # the processes share the memory: what had too little runs again, alone
+            problems += session.go([GPU_TESTS, "-m", "not large"], run.left() - LARGE_SECONDS / 2, 0)
         problems += session.go([GPU_TESTS, "-m", "large"], run.left() - 1, 0)
     run["incomplete"] = problems
     if not run.dry_run and run.left() > 10:  # a bonus: the tests of the interpreter, on the GPU
@@ -91,11 +97,19 @@ class Session:
             new = found[len(done) :]
             if status == "timeout":
                 return [f"{' '.join(selection)}: no time was left"]
-            if not new and status != "ok" and "exit 5" not in status:  # 5: no test was selected
+            if not new and status not in (FINISHED[0], FINISHED[2]):
                 return [f"{' '.join(selection)}: pytest {status}: {tail(self.log, 600)}"]
             restarts = any(test["outcome"] == ENDED or test.get("lost") for test in new)
-            if processes or not restarts:  # xdist started other processes itself
+            if status in FINISHED and (processes or not restarts):  # xdist started other processes itself
                 return []
+
+    def forget(self, reason: re.Pattern[str]) -> int:
+        """Forget the tests that failed for this reason, so that the next run has them. Return how many there are."""
+        failed = [test for test in self.outcomes() if test["outcome"] == "failed"]
+        names = {test["test"] for test in failed if reason.search(test.get("reason", ""))}
+        kept = [line for line in self._lines() if line["test"] not in names]
+        self.file.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+        return len(names)
 
     def command(self, selection: list[str], processes: int) -> list[str]:
         """Return the command of pytest."""
@@ -107,16 +121,19 @@ class Session:
     def outcomes(self) -> list[dict[str, Any]]:
         """Return what is on file, in order. A test that started and did not end took its process down."""
         tests: dict[str, dict[str, Any]] = {}
-        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else ():
-            try:
-                note = json.loads(line)
-            except ValueError:  # an empty line, or one that was cut off by the end of its process
-                continue
+        for note in self._lines():
             if note.get("outcome") == "started":
                 tests[note["test"]] = {**note, "outcome": ENDED, "reason": ""}
             elif note["test"] in tests:
                 tests[note["test"]].update(note)
         return list(tests.values())
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else ():
+            try:
+                yield json.loads(line)
+            except ValueError:  # an empty line, or one that was cut off by the end of its process
+                continue
 
 
 def sanitizer(run: Run) -> None:

@@ -102,6 +102,15 @@ def test_the_tuner_stores_after_each_subject_and_stops_in_time():
     assert late.lines == ["time is up: 16 of 16 keep their entries"]
 
 
+def test_a_default_that_fails_keeps_its_entry_and_the_tuner_goes_on():
+    todo = [tune.Subject("forward", FIRST), tune.Subject("forward", SECOND)]
+    broken, right = (configs.DEFAULTS["forward", "sm_90"][shape.head_dim] for shape in (FIRST, SECOND))
+    assert broken != right
+    run = Tuning({}, {broken: RuntimeError("ptxas")}, todo=todo, most=1)
+    assert list(run.found.configs) == [("forward", SECOND.head_dim)]
+    assert run.lines[0] == f"forward D={FIRST.head_dim} keeps its entry: RuntimeError: ptxas"
+
+
 def test_the_tuner_leaves_a_kernel_when_its_share_of_the_time_is_up():
     found = tune.candidates("forward", "sm_90", 64)
     verdict = tune.decide(lambda config: lambda: (torch.ones(4),), found, deadline=-1.0, clock=lambda call: 1.0)
