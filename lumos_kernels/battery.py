@@ -97,7 +97,8 @@ def examine(
 ) -> Finding:
     """Return the finding of one subject.
 
-    thorough: every form of upstream gradient and REPEATS runs, instead of QUICK_FORMS and two runs.
+    thorough: every form of upstream gradient, REPEATS runs and int64 offsets, which tensors of 2^31 elements need and a
+        GPU compiles kernels of their own for, instead of QUICK_FORMS and two runs.
     timed: measure Finding.milliseconds too, which waits for all work on the device.
     proceed: called between the parts; it raises to end the examination.
 
@@ -110,6 +111,7 @@ def examine(
 def _examine(subject: Subject, thorough: bool, timed: bool, proceed: Callable[[], None]) -> Finding:
     finding = Finding(outcome=dict.fromkeys(CHECKS, "-"))
     cases = examples.examples(subject.op, subject.dtype, subject.head_dim, subject.device, subject.kind)
+    cases = [example.fitted(subject.impl, int64=thorough) for example in cases]
     for example in cases:
         proceed()
         found = example.run(subject.impl)

@@ -1,7 +1,7 @@
 """Small problems on which an implementation is compared with its reference on the user's own machine.
 
 Each op has a module examples with its own class of Example and a function `examples`. The self-check behind "auto"
-(self_check.py) and `python -m lumos_kernels.check` run them. Their sizes are chosen to reach every branch of a kernel:
+(self_check.py) and `python -m lumos_kernels.check` run them. Their sizes and lowered limits are chosen to reach what large problems reach:
 whole and partial tiles, ragged tails, rows without work, groups of heads, slices of fused projections.
 """
 
@@ -106,6 +106,10 @@ class Example:
         return dataclasses.replace(self, args=wide(self.args), upstream=wide(self.upstream), kind=DETERMINISTIC).run(
             "reference"
         )
+
+    def fitted(self, impl: str, int64: bool) -> Any:
+        """Return the example as an implementation runs it, without forced int64 offsets unless `int64`."""
+        return dataclasses.replace(self, lowered=self.lowered._replace(int64=self.lowered.int64 and int64))
 
     def on(self, device: torch.device) -> Example:
         """Return the example with its tensors on a device."""

@@ -28,6 +28,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale, causal):
+        assert scale >= 0  # the kernels subtract scale * maximum, which is the maximum of the scaled scores only then
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             q, k, v = leaves
@@ -194,6 +195,7 @@ def check(leaves, limits, impl="flash", **options):
 def test_equals_the_reference(name, calls):
     check(leaves_of(LIMITS[name]), LIMITS[name])
     check(leaves_of(LIMITS[name], (3, 1)), LIMITS[name], scale=0.3)
+    check(leaves_of(LIMITS[name]), LIMITS[name], scale=-0.3)
     assert bool(calls) == bool((LIMITS[name].kv_end > LIMITS[name].kv_start).any())
 
 

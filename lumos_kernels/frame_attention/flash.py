@@ -183,6 +183,8 @@ def differentiable_forward(inputs: Inputs, *, deterministic: bool) -> Outputs:
 
     Raises ValueError where the limits take too many calls, and in backward where a gradient reaches lse.
     """
+    if inputs.scale < 0:  # flash-attn takes the maximum of the scores before it scales them
+        inputs = inputs._replace(q=-inputs.q, scale=-inputs.scale)
     runs, queries = _runs(inputs.limits), inputs.q.shape[0]
     if len(runs) > 1 and hasattr(module(), "flash_attn_varlen_func") and _is_packed(runs, queries, inputs.k.shape[0]):
         o, lse = _one_varlen_call(inputs, runs, deterministic)
