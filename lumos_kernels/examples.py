@@ -1,8 +1,9 @@
 """Small problems on which an implementation is compared with its reference on the user's own machine.
 
 Each op has a module examples with its own class of Example and a function `examples`. The self-check behind "auto"
-(self_check.py) and `python -m lumos_kernels.check` run them. Their sizes and lowered limits are chosen to reach what large problems reach:
-whole and partial tiles, ragged tails, rows without work, groups of heads, slices of fused projections.
+(self_check.py) and `python -m lumos_kernels.check` run them. Their sizes and lowered limits are chosen to reach what
+large problems reach: whole and partial tiles, ragged tails, rows without work, groups of heads, slices of fused
+projections, several chunks.
 """
 
 from __future__ import annotations
