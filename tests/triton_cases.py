@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
+import triton
 from triton.runtime import driver
 
 
@@ -172,7 +173,8 @@ def frame_attention_cases() -> Iterator[Case]:
     # The sm_80 configurations serve sm_86, sm_89 and sm_120 too, whose blocks get 99 KB; later ones get 227 KB.
     shared = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
     tiles = Budget(registers=255, shared=shared, tensor_cores=True, copy_engine=True)
-    fp32 = Budget(registers=255, shared=shared, spills=20)  # on the FMA units: right, not fast
+    spills = 20 if triton.__version__.startswith("3.6.") else 8
+    fp32 = Budget(registers=255, shared=shared, spills=spills)  # on the FMA units: right, not fast
     delta, rounding = Budget(registers=96, shared=2048), Budget(registers=32)
     kernels = {
         "forward": {"_forward_kernel": tiles},
