@@ -264,13 +264,3 @@ def _milliseconds(example: Example, subject: Subject) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def subjects(op: Op[Any], impl: str, dtypes: tuple[torch.dtype, ...], device: torch.device) -> list[Subject]:
-    """Return every subject of an implementation, whether it runs here or not."""
-    return [
-        Subject(op, impl, dtype, head_dim, kind, device)
-        for dtype in dtypes
-        for head_dim in (examples.head_dims(op) or (None,))
-        for kind in examples.kinds(op, impl)
-    ]

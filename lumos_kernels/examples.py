@@ -151,6 +151,7 @@ class Draw:
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
+    # RowLimits, whose own `to` returns before its copies have arrived on the CPU.
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = {part.name: _moved(getattr(value, part.name), device) for part in dataclasses.fields(value)}
         return dataclasses.replace(value, **parts)

@@ -248,3 +248,9 @@ def test_a_wrong_triton_kernel_is_found(mutant, tmp_path):
 def test_a_right_triton_kernel_passes(op, example):
     pytest.importorskip("triton")
     assert outcome(PACKAGE.parent, op, example) == "right"
+
+
+def test_every_op_with_gpu_code_has_examples():
+    for op in dispatch.ops().values():
+        if set(op.implementations) - {"native", "reference"}:
+            assert examples.examples(op, torch.float32, 64, torch.device("cpu"))

@@ -141,7 +141,7 @@ def test_an_explicit_choice_is_not_logged(op, caplog):
 
 
 def test_a_committed_result_decides_nothing(op, monkeypatch):
-    """What runs on a GPU is a matter of its self-check (test_self_check.py), what the docs may claim one of PROVEN."""
+    """The self-check decides what runs on a GPU (test_self_check.py). PROVEN decides what the docs may claim."""
     monkeypatch.setattr(self_check, "verdict", lambda *_: self_check.Verdict(False, "wrong"))
     monkeypatch.setattr(dispatch, "PROVEN", {("pretend", "fast"): {"sm_90": "result.json"}})
     assert chosen(op, problem=SM90._replace(head_dim=128)) == "reference"

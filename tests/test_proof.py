@@ -47,7 +47,7 @@ def item(**data):
 
 @pytest.fixture
 def result():
-    """What two calls give in which mm_rope's Triton implementation is right and reaches its gates."""
+    """Return the result of two calls in which mm_rope's Triton implementation is right and reaches its gates."""
     records = [
         # 131 MB in 50 us forward and 197 MB in 80 us backward: 2.6 and 2.5 TB/s
         case(f"{ROPE}/forward", 131e6, row("lumos triton", 50e-6, 1.0), row("official style", 500e-6, 10.0)),
@@ -91,7 +91,7 @@ def test_a_right_and_fast_implementation_is_proven(result, tmp_path):
 
 
 def of(result, name):
-    """What the item found, to be spoiled."""
+    """Return the data of an item, to be spoiled."""
     return results.data(result, name)
 
 

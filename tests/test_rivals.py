@@ -108,7 +108,7 @@ def test_flash_attn(stand_in, version):
 
 
 class MaskPlan:
-    """What create_mask_plan of nvidia-cudnn-frontend 1.32.0 returns, as far as flex_attn_func checks it."""
+    """The plan that create_mask_plan of nvidia-cudnn-frontend 1.32.0 returns, as far as flex_attn_func checks it."""
 
     def __init__(self, mask, shapes, dtype, has_backward):
         self.mask, self.shapes, self.dtype, self.has_backward = mask, shapes, dtype, has_backward

@@ -1,4 +1,4 @@
-"""What compile_triton.py compiles: calls of the implementations' host functions, and the budgets of their kernels."""
+"""The cases that compile_triton.py compiles: calls of host functions, and the budgets of their kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured to be fastest: the table committed as tuned.py, and the user's own in the cache folder.
+"""The configurations that were measured to be fastest: tuned.py, which is committed, and the user's table.
 
 The user's table is a JSON file, by machine: the name of the GPU and the versions of torch and Triton. So another GPU or
 another compiler takes nothing from it:
