@@ -200,6 +200,27 @@ def test_constant_heads(isa):
     check(replace(case, q=torch.full_like(case.q, 3.0), k=torch.zeros_like(case.k)))
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160])
+def test_constant_heads_are_as_exact_as_their_mean(isa, head_dim):
+    """The norm's eps^-1/2 enlarges what the rounded mean leaves of a constant head, and of a constant gradient.
+
+    Many heads of many values: the largest error of a few is luck.
+    """
+    case = make_case(6 * BLOCK, head_dim=head_dim, dtype=torch.float32, max_position=0)
+    q, k, grad_q, grad_k = (x[..., :1].expand_as(x).contiguous() for x in (case.q, case.k, case.grad_q, case.grad_k))
+    heads = replace(case, q=q, k=k)
+    actual, low, high = run(heads, "native"), run(heads, "reference"), run(heads, "reference", torch.float64)
+    for name in ("q", "k", "dq", "dk"):
+        assert_close_to_reference(actual[name], low[name], high[name], name)
+    for name in ("q", "k"):  # what is left is the bias
+        assert (actual[name] - high[name]).abs().max() < 1e-6
+    ones = torch.ones(1, head_dim)
+    flat = replace(heads, q_norm=(ones, ones), k_norm=(ones, ones), grad_q=grad_q, grad_k=grad_k)
+    gradients = run(flat, "native")
+    for name in ("dq", "dk"):  # a gradient without variance moves nothing
+        assert gradients[name].abs().max() < 1e-6
+
+
 def rotations(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """The cosines and sines that the kernel uses: it turns heads of (1, 0) in fp32."""
     unit = torch.zeros(positions.shape[1], 1, head_dim)

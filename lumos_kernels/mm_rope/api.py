@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import FLOATS, require_dtype, require_rope_head_dim, require_same, require_shape
+from ..errors import FLOATS, describe, require_dtype, require_rope_head_dim, require_same, require_shape
 from .ops import rotate
 
 
@@ -61,6 +61,8 @@ def mm_rope(
 
 
 def _check_norm(name: str, norm: tuple[Tensor, Tensor], heads: int, head_dim: int, q: Tensor) -> None:
+    if not isinstance(norm, (tuple, list)) or len(norm) != 2:
+        raise ValueError(f"{name} must be None or (weight, bias), two tensors [mp, D]; got {describe(norm)}")
     weight, bias = norm
     require_shape(f"{name} weight", weight, "mp, D", D=head_dim)
     require_shape(f"{name} bias", bias, "mp, D", mp=weight.shape[0], D=head_dim)

@@ -214,6 +214,21 @@ def test_extreme_values(device):
     assert_matches_reference(arguments, upstream(arguments))
 
 
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_constant_heads_are_as_exact_as_their_mean(head_dim, device):
+    """The norm's eps^-1/2 enlarges what the rounded mean leaves of a constant head, and of a constant gradient."""
+    arguments = Problem(torch.float32, head_dim, 64, 4, 2).make(device)
+    arguments["positions"].zero_()
+    for name in ("q", "k"):
+        arguments[name] = arguments[name][..., :1].expand_as(arguments[name]).contiguous()
+        arguments[f"{name}_norm"][0].fill_(1.0)
+    grads = tuple(grad[..., :1].expand_as(grad).contiguous() for grad in upstream(arguments))
+    results = run(arguments, grads, "triton", ("q", "k"))
+    for name in ("q", "k"):
+        assert (results[f"output {name}"] - arguments[f"{name}_norm"][1]).abs().max() < 1e-6  # the bias is left
+        assert results[f"gradient of {name}"].abs().max() < 1e-6
+
+
 def test_masked_rows_do_not_reach_the_norms_gradient_without_eps(device):
     """A masked row has no variance: with eps = 0 its rstd would be infinite."""
     arguments = Problem(torch.float32, 64, 3, 2, 1).make(device)

@@ -21,6 +21,7 @@ from ..contract import Gradients, Inputs, Norm, Rotated
 from . import configs
 from .primitives import (
     Side,
+    centre,
     group_count,
     heads_of_group,
     load_halves,
@@ -57,6 +58,7 @@ def _backward_group(
     pair = tl.arange(0, PADDED_HALF)
     pair_mask = pair < HALF
     row, first, last = heads_of_group(side, group, HEADS)
+    REFINED: tl.constexpr = side.x.dtype.element_ty == tl.float32
     if side.weight is not None:
         w1, w2 = load_row(side.weight, row, pair, pair_mask, HALF)
         # Each thread sums dweight and dbias over its own tokens. One reduction over the tile's tokens comes at the end.
@@ -78,13 +80,12 @@ def _backward_group(
             if side.weight is not None:
                 x1, x2 = load_halves(x_ptr + x_tile, mask, HALF)
                 x_ptr += side.x_stride_h
-                x1, x2, rstd = normalise(x1, x2, token_mask, pair_mask, eps, HALF)
+                x1, x2, rstd = normalise(x1, x2, token_mask, pair_mask, eps, HALF, REFINED)
                 dw1, dw2 = tl.fma(dx1, x1, dw1), tl.fma(dx2, x2, dw2)
                 db1, db2 = db1 + dx1, db2 + dx2
-                g1, g2 = dx1 * w1, dx2 * w2
-                mean_g = (tl.sum(g1 + g2, axis=1) * (0.5 / HALF))[:, None]
+                g1, g2 = centre(dx1 * w1, dx2 * w2, pair_mask, HALF, REFINED)
                 mean_gx = (tl.sum(tl.fma(g1, x1, g2 * x2), axis=1) * (0.5 / HALF))[:, None]
-                dx1, dx2 = rstd * tl.fma(x1, -mean_gx, g1 - mean_g), rstd * tl.fma(x2, -mean_gx, g2 - mean_g)
+                dx1, dx2 = rstd * tl.fma(x1, -mean_gx, g1), rstd * tl.fma(x2, -mean_gx, g2)
             store_halves(out_ptr + out_tile, dx1, dx2, mask, HALF)
             grad_ptr += side.grad_stride_h
             out_ptr += 2 * HALF

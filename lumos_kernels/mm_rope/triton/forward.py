@@ -43,6 +43,7 @@ def _forward_group(
 ) -> None:
     """Walk over the heads of a group."""
     row, first, last = heads_of_group(side, group, HEADS)
+    REFINED: tl.constexpr = side.x.dtype.element_ty == tl.float32
     if side.weight is not None:
         w1, w2 = load_row(side.weight, row, pair, pair_mask, HALF)
         b1, b2 = load_row(side.bias, row, pair, pair_mask, HALF)
@@ -53,7 +54,7 @@ def _forward_group(
     for _ in range(first, last):
         x1, x2 = load_halves(x_ptr + x_tile, mask, HALF)
         if side.weight is not None:
-            x1, x2, _ = normalise(x1, x2, token_mask, pair_mask, eps, HALF)
+            x1, x2, _ = normalise(x1, x2, token_mask, pair_mask, eps, HALF, REFINED)
             x1, x2 = tl.fma(x1, w1, b1), tl.fma(x2, w2, b2)
         y1, y2 = rotate(x1, x2, cos, sin)
         store_halves(out_ptr + out_tile, y1, y2, mask, HALF)
