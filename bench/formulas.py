@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lumos_kernels import flops
+
 
 @dataclass(frozen=True)
 class Work:
@@ -31,17 +33,13 @@ def mm_rope_bytes(tokens: int, heads: int, head_dim: int, element_size: int, bac
 
 
 def attention_flops(visible_pairs: int, heads: int, head_dim: int, backward: bool) -> Work:
-    """2 matmuls forward, and 5 backward with the scores computed again, over the visible pairs only.
-
-    The count of the FlashAttention papers (4 D a pair forward, 10 D backward), so that rates compare with theirs.
-    """
-    matmuls = 7 if backward else 2
-    return Work(2 * matmuls * visible_pairs * heads * head_dim, "FLOP")
+    """The count of the FlashAttention papers, so that rates compare with theirs (lumos_kernels.flops)."""
+    return Work(flops.attention_flops(visible_pairs, heads, head_dim, backward=backward), "FLOP")
 
 
 def loss_flops(targets: int, hidden: int, classes: int, backward: bool) -> Work:
     """One matmul forward (logits), two backward (gradients of hidden and weight): target rows x class slice."""
-    return Work((6 if backward else 2) * targets * hidden * classes, "FLOP")
+    return Work(flops.loss_flops(targets, hidden, classes, products=3 if backward else 1), "FLOP")
 
 
 def sample_flops(rows: int, hidden: int, classes: int, branches: int) -> Work:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.tokens import NUM_CODES, VIDEO_END, VISUAL_START
+from lumos_kernels.flops import attention_flops, loss_flops
 from lumos_kernels.layout import FrameLayout
 
 # Official options that change the computation and that no released checkpoint uses: (key, value that means "off").
@@ -160,8 +161,9 @@ class LumosConfig:
         against the class slice.
         """
         linear = 2 * num_tokens * self.num_hidden_layers * self.layer_matmul_parameters
-        attention = 4 * visible_pairs * self.num_hidden_layers * self.num_attention_heads * self.head_dim
-        loss = 2 * num_targets * self.hidden_size * self.num_classes
+        heads = self.num_hidden_layers * self.num_attention_heads
+        attention = attention_flops(visible_pairs, heads, self.head_dim, backward=False)
+        loss = loss_flops(num_targets, self.hidden_size, self.num_classes, products=1)
         return linear + attention + loss
 
     def training_flops(self, layout: FrameLayout, num_targets: int, frozen: bool = False) -> int:

@@ -5,6 +5,7 @@ the op's function has the name of its package: lumos_kernels/packages.py says by
 """
 
 from .dispatch import backends
+from .flops import register_with_torch
 from .frame_attention import frame_attention
 from .layout import Frame, FrameLayout, RowLimits, Text
 from .masked_sample import masked_sample
@@ -25,3 +26,5 @@ __all__ = [
     "mm_rope",
     "tube_masked_loss",
 ]
+
+register_with_torch()
