@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lumos.config import LumosConfig
-from lumos.stream import ContextExchange, Stream, choose_impl, own_layout
+from lumos.stream import ContextExchange, Stream, check_impl, choose_impl, own_layout
 from lumos_kernels import FrameLayout, frame_attention, mm_rope, tube_masked_loss
 
 QK_NORM_EPS = 1e-5
@@ -205,7 +205,8 @@ class Lumos(nn.Module):
     """Lumos-1 with its loss.
 
     impl: implementation of the ops, one name for all or a mapping by op name ("mm_rope", "frame_attention",
-        "tube_masked_loss"); an attribute that may be changed at any time.
+        "tube_masked_loss", "masked_sample"); an attribute that may be changed at any time. ValueError for a name that
+        does not exist.
     Parameters are made on torch's default device and drawn by reset_parameters; on the meta device nothing is.
     """
 
@@ -218,6 +219,16 @@ class Lumos(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.to_empty(device=device)
         self.reset_parameters()
+
+    @property
+    def impl(self) -> str | Mapping[str, str]:
+        """The implementation of the ops."""
+        return self._impl
+
+    @impl.setter
+    def impl(self, impl: str | Mapping[str, str]) -> None:
+        check_impl(impl)
+        self._impl = impl if isinstance(impl, str) else dict(impl)
 
     @classmethod
     def from_pretrained(

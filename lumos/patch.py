@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from lumos.model import QK_NORM_EPS, cast_once
 from lumos.official import TOKEN_IDS, check_model, exact_frequencies, names_of, trains, unwrap
-from lumos.stream import choose_impl
+from lumos.stream import check_impl, choose_impl
 from lumos.tokens import IGNORED, VIDEO_END, VIDEO_START
 from lumos_kernels import FrameLayout, frame_attention, mm_rope, tube_masked_loss
 from lumos_kernels.frame_layout.frames import TIME_STRIDE
@@ -61,7 +61,7 @@ def apply_lumos_kernels(
         (sampling), or either inside FSDP, DDP or torch.compile. It may as well be wrapped afterwards.
     rope, attention, loss: which of the three to replace. loss concerns training only.
     impl: implementation of the ops, one name for all or a mapping by op name ("mm_rope", "frame_attention",
-        "tube_masked_loss").
+        "tube_masked_loss"). ValueError for a name that does not exist.
     compat: "official": in a batch every sample sees the frames of all samples in its mask, as upstream has it;
         "fixed": its own frames only. They differ where text lengths or frame sizes differ inside a batch.
 
@@ -74,6 +74,7 @@ def apply_lumos_kernels(
     """
     if compat not in COMPAT:
         raise ValueError(f"compat must be one of {', '.join(COMPAT)}, got {compat!r}")
+    check_impl(impl)
     model = unwrap(model)
     check_model(model)
     decoder = unwrap(model.model)

@@ -14,6 +14,8 @@ from torch import Tensor
 from lumos_kernels import FrameLayout, dispatch
 from lumos_kernels.layout import RowLimits
 
+MODEL_OPS = ("mm_rope", "frame_attention", "tube_masked_loss", "masked_sample")
+
 
 class KeyValueCache(Protocol):
     """What sampling plugs into the layers: update stores or extends the keys and values of one layer."""
@@ -47,8 +49,7 @@ class Stream:
 
     positions: int32 [3, T]; limits: RowLimits of T queries over the keys (of the cache, where there is one).
     context: where several ranks share the stream: positions are then the rank's own, limits those of all tokens.
-    impl: implementation of every op, or of the ops named in a mapping ("mm_rope", "frame_attention",
-        "tube_masked_loss"); the others are "auto".
+    impl: implementation of every op, or of the ops named in a mapping (MODEL_OPS); the others are "auto".
     """
 
     positions: Tensor
@@ -65,8 +66,10 @@ def own_layout(layout: FrameLayout, context: ContextExchange) -> FrameLayout:
 
 
 def choose_impl(impl: str | Mapping[str, str], op: str) -> str:
-    """The implementation of one op out of a name for all of them or a mapping by op name."""
-    if isinstance(impl, str):
-        return impl
-    dispatch.check_names("impl", impl)
-    return impl.get(op, "auto")
+    """Return the implementation of one op, out of a name for all of them or a mapping by op name."""
+    return impl if isinstance(impl, str) else impl.get(op, "auto")
+
+
+def check_impl(impl: str | Mapping[str, str]) -> None:
+    """Raise ValueError unless `impl` names implementations that the model's ops have."""
+    dispatch.check_impl(impl, MODEL_OPS)

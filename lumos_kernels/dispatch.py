@@ -127,6 +127,24 @@ def check_names(source: str, names: Collection[str]) -> None:
             raise ValueError(f"{source} names the op {name!r}; there are {', '.join(_OPS)}")
 
 
+def check_impl(impl: str | Mapping[str, str], used: Collection[str]) -> None:
+    """Raise ValueError unless `impl` names implementations that exist. Whether they run here shows at the first call.
+
+    impl: "auto" or a name that all of the ops `used` have, or a mapping from names of ops to "auto" or such a name.
+    """
+    if not isinstance(impl, (str, Mapping)):
+        raise ValueError(f"impl must be a name, or a mapping from ops to names; got {type(impl).__name__}")
+    if isinstance(impl, Mapping):
+        check_names("impl", impl)
+    wanted = impl if isinstance(impl, Mapping) else dict.fromkeys(used, impl)
+    for name, choice in wanted.items():
+        known = ("auto", *_OPS[name].implementations)
+        if choice not in known:
+            one = isinstance(impl, str) and any(impl in op.implementations for op in _OPS.values())
+            hint = f'; give a mapping for those that have it, {{"op": {impl!r}}}' if one else ""
+            raise ValueError(f"impl: {name} has no implementation {choice!r}; there are {', '.join(known)}{hint}")
+
+
 @functools.lru_cache(maxsize=1024)
 def _choose(name: str, impl: str, override: str | None, problem: Problem, checked: bool) -> object:
     op = _OPS[name]

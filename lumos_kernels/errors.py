@@ -19,8 +19,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe(tensor: Tensor) -> str:
-    """Return 'bfloat16 [128, 8, 64] on cpu', for error messages."""
+def describe(tensor: object) -> str:
+    """Return 'bfloat16 [128, 8, 64] on cpu', or the type of what is no tensor, for error messages."""
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
     return f"{dtype_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
 
 
@@ -30,8 +32,9 @@ def require_shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
     sizes: the sizes that are known by name, e.g. T=128. A number in `dims` stands for itself; a name that is not in
         sizes matches any size.
     """
-    names, shape = dims.split(", "), tensor.shape
-    if len(names) == len(shape):
+    names = dims.split(", ")
+    shape = tensor.shape if isinstance(tensor, Tensor) else None
+    if shape is not None and len(names) == len(shape):
         for dim, have in zip(names, shape, strict=True):
             if have != (int(dim) if dim.isdigit() else sizes.get(dim, have)):
                 break
@@ -39,7 +42,8 @@ def require_shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
             return
     known = ", ".join(f"{dim} = {sizes[dim]}" for dim in dict.fromkeys(names) if dim in sizes)
     where = f" with {known}" if known else ""
-    raise ValueError(f"{name} must be [{dims}]{where}; got {describe(tensor)}")
+    kind = "" if isinstance(tensor, Tensor) else "a tensor "
+    raise ValueError(f"{name} must be {kind}[{dims}]{where}; got {describe(tensor)}")
 
 
 def require_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
@@ -65,6 +69,6 @@ def require_rope_head_dim(head_dim: int) -> None:
 
 def require_classes(classes: tuple[int, int], weight: Tensor) -> None:
     """Raise ValueError unless classes = (first, last) names rows first .. last - 1 of `weight`, at least one."""
-    first, last = classes
-    if not 0 <= first < last <= weight.shape[0]:
+    pair = isinstance(classes, Sequence) and len(classes) == 2 and all(hasattr(end, "__index__") for end in classes)
+    if not pair or not 0 <= classes[0] < classes[1] <= weight.shape[0]:
         raise ValueError(f"classes must satisfy 0 <= first < last <= {weight.shape[0]} (rows of weight); got {classes}")

@@ -11,6 +11,7 @@ from lumos.config import LumosConfig
 from lumos.masking import mask_tokens
 from lumos.model import Lumos, frame_decay
 from lumos.stream import Stream
+from lumos.train.config import TrainConfig
 from lumos_kernels import FrameLayout
 from lumos_kernels.frame_layout.frames import frame_skeleton
 from lumos_kernels.layout import RowLimits
@@ -337,12 +338,32 @@ def test_implementations_are_passed_to_every_op():
     model.impl = "reference"
     assert worst(model(batch.input_ids, labels=batch.labels).loss, auto) < 1e-6
     for op in ("mm_rope", "frame_attention", "tube_masked_loss"):
-        model.impl = {op: "abacus"}
-        with pytest.raises(ValueError, match="abacus"):
+        model.impl = {op: "triton"}
+        with pytest.raises(ValueError, match=f"{op}: impl='triton' cannot run here"):
             model(batch.input_ids, labels=batch.labels)
-    model.impl = {"attention": "reference"}
-    with pytest.raises(ValueError, match=r"impl names the op 'attention'; there are .*frame_attention"):
-        model(batch.input_ids, labels=batch.labels)
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [
+        ("nativ", "impl: mm_rope has no implementation 'nativ'; there are auto, triton, native, reference"),
+        ("flash", r"impl: mm_rope has no implementation 'flash'.*give a mapping .*\{\"op\": 'flash'\}"),
+        ({"attention": "reference"}, "impl names the op 'attention'; there are .*frame_attention"),
+        ({"frame_attention": "abacus"}, "impl: frame_attention has no implementation 'abacus'"),
+        ({"mm_rope": None}, "impl: mm_rope has no implementation None"),
+        (None, "impl must be a name, or a mapping from ops to names; got NoneType"),
+    ],
+)
+def test_implementations_that_do_not_exist_are_refused_at_once(impl, message):
+    model = small_model()
+    for attempt in (
+        lambda: Lumos(model.config, impl=impl),
+        lambda: setattr(model, "impl", impl),
+        lambda: TrainConfig(impl=impl),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attempt()
+    assert model.impl == "auto"
 
 
 def test_lengths_beyond_the_limit_are_refused_not_cut():

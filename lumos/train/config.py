@@ -14,6 +14,7 @@ import torch
 from lumos.data.sources import DataSource
 from lumos.masking import MASK_KINDS, mask_ratio
 from lumos.options import converted, from_options, option, read_options, to_options
+from lumos.stream import check_impl
 from lumos.train.lora import TARGETS as LORA_TARGETS
 from lumos.train.lora import require_peft
 from lumos.train.recipes import is_blank, recipe_names, recipe_options
@@ -273,6 +274,7 @@ def _check_device(config: TrainConfig) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no CUDA device")
     _check_choice(config, ("auto", *DTYPES), "dtype")
+    check_impl(config.impl)
 
 
 def _check_parallel(config: TrainConfig) -> None:
