@@ -14,6 +14,10 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
+class NotFiniteError(ValueError):
+    """A computation met NaN or infinity where it has no result."""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name without its module: 'bfloat16'."""
     return str(dtype).removeprefix("torch.")

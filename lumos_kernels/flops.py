@@ -58,7 +58,7 @@ def _count_attention_backward(
 
 
 def _count_loss(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, *rest: Any, **_: Any) -> int:
-    first, last, need_hidden, need_weight, *_ = rest[2:]
+    first, last, need_hidden, need_weight = rest[2:6]
     if rows is not None:
         count = rows.shape[0]
     elif _has_values(labels):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,10 +47,12 @@ def masked_sample(
     Returns:
         (ids, confidence): int64 [N] in [first, last), and fp32 [N]. The same keys give the same draw on every backend,
         up to ties of two scores nearer than the rounding of their logits (Philox4x32-10 and Gumbel-max:
-        masked_sample/philox.py). "native" and "reference" draw the same from equal logits, bit for bit.
+        masked_sample/philox.py). "native" and "reference" draw the same from equal logits, bit for bit. On a GPU a row
+        whose logits hold NaN or an infinity has the confidence NaN, and some id of the classes: nothing is read there.
 
     Raises:
-        ValueError: a shape, dtype, device or option does not fit, or an explicit `impl` cannot run.
+        ValueError: a shape, dtype, device or option does not fit, or an explicit `impl` cannot run. On the CPU also
+            where the logits of a row hold NaN or an infinity (NotFiniteError).
 
     Source: arXiv 2507.08801 section 3.5; official sampling steps 1 and 2.
     """
@@ -59,8 +63,12 @@ def masked_sample(
     require_dtype("weight", weight, FLOATS)
     require_same("weight", weight, "hidden_cond", hidden_cond, dtypes=False)
     require_classes(classes, weight)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0 (greedy=True takes the most probable token); got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature must be a finite number > 0 (greedy=True takes the most probable token); got {temperature}"
+        )
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be None or a finite number; got {guidance_scale}")
     if guidance_scale is None or guidance_scale == 1:
         guidance_scale, hidden_uncond = 1.0, None
     elif hidden_uncond is None:

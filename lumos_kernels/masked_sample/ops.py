@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Problem
+from ..errors import NotFiniteError
 from ..registration import define
 from .contract import OP, Inputs, Outputs
 
@@ -28,4 +29,25 @@ def _forward(hidden_cond: Tensor, hidden_uncond: Tensor | None, weight: Tensor, 
     class_slice = weight[first:last].to(hidden_cond.dtype)
     inputs = Inputs(hidden_cond, hidden_uncond, class_slice, row_keys, guidance_scale, temperature)
     classes, confidence = chosen.forward(inputs)
+    if not confidence.is_cuda:
+        _refuse_nan(confidence, inputs)
     return Outputs(classes + first, confidence)
+
+
+def _refuse_nan(confidence: Tensor, inputs: Inputs) -> None:
+    """Raise NotFiniteError for rows without a distribution. On a GPU that would make the host wait."""
+    rows = confidence.isnan().nonzero()[:, 0]
+    if not len(rows):
+        return
+    first = int(rows[0])
+    sources = {
+        f"hidden_cond[{first}]": inputs.hidden_cond[first],
+        f"hidden_uncond[{first}]": None if inputs.hidden_uncond is None else inputs.hidden_uncond[first],
+        "the class slice of weight": inputs.weight,
+    }
+    culprits = [name for name, x in sources.items() if x is not None and not x.isfinite().all()]
+    cause = f"{' and '.join(culprits)} must be finite" if culprits else "finite inputs gave logits that overflow"
+    raise NotFiniteError(
+        f"masked_sample: {len(rows)} of {len(confidence)} rows have logits without a distribution (NaN or infinity), "
+        f"row {first} first: {cause}"
+    )
