@@ -60,7 +60,8 @@ def add_data(commands: Any) -> None:
     command = commands.add_parser(
         "convert",
         help="copy official training samples into a folder of samples",
-        description="Copies official samples into a folder that loads faster. Run again, it goes on where it was.",
+        description="Copies official samples into a folder that loads faster. Run again, it goes on where it was. "
+        "Placeholders in the texts stay; `lumos train` writes the numbers (numbers= of --data).",
     )
     command.set_defaults(run=_convert)
     command.add_argument("official", nargs="+", help="indexes (.json, .jsonl), META lists (.yaml), samples (.pkl)")

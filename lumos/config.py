@@ -7,20 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lumos.config_keys import check_extra, check_number, missing_keys, read_spellings, warn_unknown
 from lumos.tokens import NUM_CODES, VIDEO_END, VISUAL_START
 from lumos_kernels.flops import attention_flops, loss_flops
 from lumos_kernels.layout import FrameLayout
 
-# Official options that change the computation and that no released checkpoint uses: (key, value that means "off").
-_UNSUPPORTED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "rope_scaling": None,
-    "attention_dropout": 0.0,
-    "mm_rope": True,
-}
 _POSITIVE_INTEGERS = (
     "vocab_size",
     "hidden_size",
@@ -49,7 +40,8 @@ class LumosConfig:
     dropout: probability of dropping an element of a branch's output in training.
     z_loss_weight: weight of mean(logsumexp^2) over the class slice, added to the loss.
     visual_start: first visual id; the class slice is [visual_start, vocab_size).
-    extra: every other key of the config.json, written back unchanged.
+    extra: every other key of the config.json, written back unchanged. Keys that change what a network computes are
+        allowed only with values that leave Lumos-1 as it is (lumos/config_keys.py).
 
     Raises ValueError naming the field, its value and what is allowed.
     """
@@ -81,27 +73,35 @@ class LumosConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> LumosConfig:
-        """Config from the keys of an official config.json; keys this class does not know end up in `extra`."""
+        """Return the config of the keys of a config.json; keys that are no fields end up in `extra`.
+
+        The spelling of transformers 5 is read too: rope_parameters with its rope_theta, and dtype. A key that changes
+        the computation and is not understood is a ValueError that names it; unknown others are named in a warning of
+        the log, once.
+        """
+        config = read_spellings(config)
         known = {f.name for f in fields(cls)} - {"extra"}
-        missing = [f.name for f in fields(cls)[:5] if f.name not in config]
+        missing = missing_keys(config, [f.name for f in fields(cls)[:5]])
         if missing:
-            raise ValueError(f"config lacks the required keys {', '.join(missing)}")
-        for key, off in _UNSUPPORTED.items():
-            if key in config and config[key] != off:
-                raise ValueError(f"{key} must be {off!r}, got {config[key]!r}: Lumos-1 does not use it, nor does this")
+            raise ValueError(f"config lacks the required keys {missing}")
         extra = {key: value for key, value in config.items() if key not in known}
-        return cls(**{key: value for key, value in config.items() if key in known}, extra=extra)
+        made = cls(**{key: value for key, value in config.items() if key in known}, extra=extra)
+        warn_unknown(extra)
+        return made
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> LumosConfig:
-        """Config of a config.json. Raises ValueError naming the file where it is not a JSON object."""
+        """Return the config of a config.json. Raises ValueError naming the file and what is wrong with it."""
         try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+            config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(config, dict):
             raise ValueError(f"{path} must hold a JSON object, got a {type(config).__name__}")
-        return cls.from_dict(config)
+        try:
+            return cls.from_dict(config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def preset(cls, name: str) -> LumosConfig:
@@ -209,11 +209,12 @@ class LumosConfig:
         if not isinstance(self.swin_norm, bool):
             raise ValueError(f"swin_norm must be true or false, got {self.swin_norm!r}")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            _check_number(name, getattr(self, name), positive=True)
+            check_number(name, getattr(self, name), positive=True)
         for name in ("dropout", "z_loss_weight"):
-            _check_number(name, getattr(self, name), positive=False)
+            check_number(name, getattr(self, name), positive=False)
         if self.dropout >= 1:
             raise ValueError(f"dropout must be a probability below 1, got {self.dropout}")
+        check_extra(self.extra, {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"})
 
 
 def _check_positive_integer(name: str, value: object) -> None:
@@ -221,10 +222,14 @@ def _check_positive_integer(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
-def _check_number(name: str, value: object, positive: bool) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and (value > 0 if positive else value >= 0)
-    if not good or value == float("inf"):
-        raise ValueError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value!r}")
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a key given twice, of which json would silently take the last."""
+    read: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in read:
+            raise ValueError(f"the key {key!r} is given twice")
+        read[key] = value
+    return read
 
 
 _PRESETS: dict[str, dict[str, int]] = {

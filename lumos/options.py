@@ -89,7 +89,7 @@ def to_options(options: Any) -> Any:
     if isinstance(options, (list, tuple)):
         return [to_options(item) for item in options]
     if isinstance(options, Mapping):
-        return {key: to_options(value) for key, value in options.items()}
+        return {str(key): to_options(value) for key, value in options.items()}
     return str(options) if isinstance(options, Path) else options
 
 

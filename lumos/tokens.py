@@ -6,7 +6,6 @@ A document is `0, text..., 8710, 9004, 8804 + seconds, 8804 + fps, frames..., 90
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lumos.placeholders import IGNORED, PLACEHOLDERS, replace_placeholders
+from lumos.placeholders import read_numbers as read_numbers  # public here
 from lumos_kernels.frame_layout.frames import TIME_STRIDE, check_documents, frame_length, frame_skeleton
 from lumos_kernels.token_ids import (
     FRAME_END,
@@ -33,12 +34,8 @@ from lumos_kernels.token_ids import (
 )
 from lumos_kernels.token_ids import VISUAL_CLASSES as VISUAL_CLASSES  # every id is public here too
 
-PLACEHOLDERS = (65538, 65539, 65540)  # resolution, frames, fps inside the text of official samples
-IGNORED = -100  # label of tokens that are not predicted
-
 _NOT_TEXT = (FRAME_START, FRAME_END, NEW_LINE, MASK, VIDEO_START, VIDEO_END)
 _BYTE_BASE = 16384
-_FIRST_DIGIT = 16399  # id of "0" in the text tokenizer of the released checkpoints
 _LARGEST_NUMBER = MASK - NUMBER_BASE - 1
 
 
@@ -270,25 +267,6 @@ def drop_text(ids: Tensor) -> Tensor:
     return ids[int(starts[0]) :].long()
 
 
-def read_numbers(path: str | Path) -> Mapping[int, Sequence[int]]:
-    """The table number -> text ids for cut_video.
-
-    path: a JSON object of the official form {"12": [16400, 16401]}, or "digits": the table published with the official
-    code and carried on beyond its end at 999, where each decimal digit d is the id 16399 + d.
-    Raises FileNotFoundError or ValueError naming the file.
-    """
-    if path == "digits":
-        return {n: tuple(_FIRST_DIGIT + int(digit) for digit in str(n)) for n in range(_LARGEST_NUMBER**2 + 1)}
-    try:
-        table = {int(key): value for key, value in json.loads(Path(path).read_text()).items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is no table of numbers: {error}") from error
-    for key, ids in table.items():
-        if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i < VISUAL_START for i in ids):
-            raise ValueError(f"{path}: the ids of number {key} must be a list of text ids, got {ids!r}")
-    return table
-
-
 def cut_with_labels(
     ids: Tensor,
     labels: Tensor | None,
@@ -341,32 +319,6 @@ class Cut:
     def kept(self, start: int = 0) -> range:
         """The latent frames that stay, of the document's."""
         return range(start, start + (self.frames - 1) * self.step + 1, self.step)
-
-
-def replace_placeholders(
-    ids: Tensor,
-    labels: Tensor | None,
-    begin: int,
-    seconds: int,
-    fps: int,
-    numbers: Mapping[int, Sequence[int]] | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The placeholders 65539 and 65540 before the video start, token `begin`, replaced by the ids of seconds * fps and
-    fps; numbers None: left alone. Behind it the same ids are codes."""
-    if numbers is None:
-        return ids, labels
-    text, wanted = ids[:begin].tolist(), dict(zip(PLACEHOLDERS[1:], (fps * seconds, fps), strict=True))
-    for value in wanted.values():
-        if value not in numbers:
-            raise ValueError(f"numbers has no ids for {value}")
-    new, new_labels = [], []
-    for at, i in enumerate(text):
-        replaced = list(numbers[wanted[i]]) if i in wanted else [i]
-        new += replaced
-        # What replaces a placeholder is never predicted.
-        new_labels += [IGNORED] * len(replaced) if labels is None or i in wanted else [int(labels[at])]
-    ids = torch.cat([torch.tensor(new, dtype=torch.int64), ids[begin:]])
-    return ids, None if labels is None else torch.cat([torch.tensor(new_labels, dtype=torch.int64), labels[begin:]])
 
 
 def _keep(

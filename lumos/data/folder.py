@@ -214,6 +214,11 @@ class SampleFolder(Dataset[Sample]):
         marks = (record["frame_marks"], record["fps_marks"])
         return Shape(*(record[n] for n in ("text", "seconds", "fps", "frames", "rows", "cols", "length")), marks)
 
+    def has_placeholders(self) -> bool:
+        """Return whether any text holds 65539 or 65540, from the index alone."""
+        records = map_index(self.folder)[: self._count]
+        return bool(records["frame_marks"].any() or records["fps_marks"].any())
+
     def note(self, at: int) -> Note:
         """Caption and source of sample `at`."""
         record = self._record(at)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Protocol
 
 import numpy as np
@@ -15,9 +15,12 @@ from torch import Tensor
 from lumos.data.folder import SampleFolder
 from lumos.data.official import OfficialDataset, OfficialFiles, OfficialMeta
 from lumos.data.sample import Sample, Shape
-from lumos.tokens import Cut, cut_with_labels, number, read_numbers, replace_placeholders
+from lumos.options import to_options
+from lumos.placeholders import DIGITS, check_text, checked_numbers, known_numbers, replace_placeholders
+from lumos.tokens import VISUAL_START, Cut, cut_with_labels, number
 
 CROPS = ("start", "random")
+AUTO = "auto"
 
 
 class Samples(Protocol):
@@ -62,8 +65,10 @@ class DataSource:
     crop: which latent frames stay: "start", the first ones, as upstream; "random", a window that starts at any latent
         frame. Only the first latent frame of a clip holds a single picture, each later one holds four: a window that
         does not start at 0 begins with a latent frame of four pictures, which is not how a generated clip begins.
-    numbers: the ids that replace the placeholders 65539 (pictures) and 65540 (fps) in official texts: a table, the path
-        of one, or "digits" (see read_numbers); None leaves the placeholders.
+    numbers: the ids that replace the placeholders 65539 (pictures) and 65540 (fps) in official texts, also in sample
+        folders made of them. "auto" and "digits" are the digits of the released tokenizer (see read_numbers); a table
+        or the path of one gives other ids. A text that then still holds a visual id is refused. "none" or None leaves
+        every text as it is.
     """
 
     path: str | Path
@@ -71,7 +76,7 @@ class DataSource:
     fps: int | None = None
     seconds: int | None = None
     crop: str = "start"
-    numbers: str | Path | Mapping[int, Sequence[int]] | None = None
+    numbers: str | Path | Mapping[int, Sequence[int]] | None = AUTO
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, (str, Path)) or not str(self.path):
@@ -86,8 +91,12 @@ class DataSource:
                 number(value, name)
         if self.crop not in CROPS:
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {self.crop!r}")
-        if self.numbers is not None and not isinstance(self.numbers, (str, Path, Mapping)):
-            raise ValueError(f"numbers must be a table, a path, 'digits' or None, got {self.numbers!r}")
+        if self.numbers == "" or not isinstance(self.numbers, (str, Path, Mapping, NoneType)):
+            raise ValueError(f"numbers must be 'auto', 'digits', 'none', a table or a path, got {self.numbers!r}")
+        if isinstance(self.numbers, Mapping):
+            object.__setattr__(self, "numbers", checked_numbers(self.numbers, "numbers"))
+        elif self.numbers == "none":
+            object.__setattr__(self, "numbers", None)
 
     def open(self) -> Samples:
         """open_samples(path)."""
@@ -98,10 +107,19 @@ class DataSource:
         generator. ValueError as in cut_video, naming the sample's source."""
         try:
             cut, start = self._cut(sample.frames, sample.seconds, sample.fps, random)
-            if cut is None:
-                ids, begin = sample.ids, sample.text_tokens
-                return replace_placeholders(ids, None, begin, sample.seconds, sample.fps, self._numbers())[0]
-            return cut_with_labels(sample.ids, None, sample.spans, cut.fps, cut.seconds, self._numbers(), start)[0]
+            ids, begin, seconds, fps = sample.ids, sample.text_tokens, sample.seconds, sample.fps
+            if cut is not None:
+                ids, seconds, fps = (
+                    cut_with_labels(ids, None, sample.spans, cut.fps, cut.seconds, None, start)[0],
+                    cut.seconds,
+                    cut.fps,
+                )
+            if self.numbers is None or not (ids[:begin] >= VISUAL_START).any():
+                return ids
+            before = len(ids)
+            ids = replace_placeholders(ids, None, begin, seconds, fps, self._table())[0]
+            check_text(ids, begin + len(ids) - before)
+            return ids
         except ValueError as error:
             raise ValueError(f"{sample.source or self.path}: {error}") from error
 
@@ -113,14 +131,14 @@ class DataSource:
             raise ValueError(f"{self.path}: {error}") from error
         if cut is not None:
             shape = shape.with_frames(cut.frames, cut.seconds, cut.fps)
-        numbers = self._numbers()
-        if numbers is None:
+        if self.numbers is None or not any(shape.placeholders):
             return shape
-        values = (shape.seconds * shape.fps, shape.fps)
-        missing = [value for value in values if value not in numbers]
-        if missing:
-            raise ValueError(f"numbers has no ids for {missing[0]}")
-        return shape.with_numbers([len(numbers[value]) for value in values])
+        numbers, lengths = self._table(), []
+        for value, count in zip((shape.seconds * shape.fps, shape.fps), shape.placeholders, strict=True):
+            if count and value not in numbers:
+                raise ValueError(f"numbers has no ids for {value}")
+            lengths.append(len(numbers[value]) if count else 0)
+        return shape.with_numbers(lengths)
 
     def _cut(self, frames: int, seconds: int, fps: int, random: np.random.Generator) -> tuple[Cut | None, int]:
         """The cut, None for none, and the latent frame it starts at."""
@@ -129,10 +147,21 @@ class DataSource:
         cut = Cut.of(frames, seconds, fps, self.fps or fps, self.seconds or seconds)
         return cut, int(random.integers(cut.starts)) if self.crop == "random" else 0
 
-    def _numbers(self) -> Mapping[int, Sequence[int]] | None:
-        return _table(self.numbers) if isinstance(self.numbers, (str, Path)) else self.numbers
+    def _table(self) -> Mapping[int, Sequence[int]]:
+        if isinstance(self.numbers, Mapping):
+            return self.numbers
+        return known_numbers(DIGITS if self.numbers == AUTO else self.numbers)
 
 
-@lru_cache
-def _table(path: str | Path) -> Mapping[int, Sequence[int]]:
-    return read_numbers(path)
+def trains_alike(source: DataSource, other: DataSource) -> bool:
+    """Return True where two sources give the same documents, however their `numbers` are spelled.
+
+    "auto" is "digits". All spellings are alike for a sample folder whose texts have no placeholders, which its index
+    tells; official samples count as having some.
+    """
+    if to_options(replace(source, numbers=None)) != to_options(replace(other, numbers=None)):
+        return False
+    ways = [to_options(DIGITS if one.numbers == AUTO else one.numbers) for one in (source, other)]
+    if ways[0] == ways[1]:
+        return True
+    return Path(source.path).is_dir() and not SampleFolder(source.path, notes=False).has_placeholders()

@@ -38,7 +38,8 @@ class TrainConfig:
 
     data: tuple[str | DataSource, ...] = option(
         (),
-        "sample folders (`lumos tokenize`) or official indices, each PATH[,weight=W][,fps=N][,seconds=N][,crop=...]",
+        "sample folders (`lumos tokenize`) or official indices, each PATH[,weight=W][,fps=N][,seconds=N][,crop=...]"
+        "[,numbers=...], where numbers are written into official texts: auto (digits), none, or a table's path",
     )
     recipe: str | None = option(None, "settings to start from (`lumos recipes` lists them); all options given win")
     out: str = option("run", "folder for the log and the checkpoint")

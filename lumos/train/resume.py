@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from lumos.data.sources import DataSource, trains_alike
 from lumos.disk import sync, try_lock
-from lumos.options import read_options, to_options, write_options
+from lumos.options import from_options, read_options, to_options, write_options
 from lumos.train.config import TrainConfig
 from lumos.train.state import (
     ResumeError,
@@ -92,9 +93,29 @@ def differing_options(saved: Mapping[str, Any], config: TrainConfig) -> list[str
     now, texts = config.to_dict(), []
     for field in fields(config):
         was = saved.get(field.name, to_options(field.default))  # an option that is newer than the run
-        if field.name not in FREE_OPTIONS and was != now[field.name]:
-            texts.append(f"{field.name} was {was!r} and is now {now[field.name]!r}")
+        if field.name in FREE_OPTIONS or was == now[field.name]:
+            continue
+        if field.name == "data" and _same_documents(was, config.data):
+            continue
+        texts.append(f"{field.name} was {was!r} and is now {now[field.name]!r}")
+        if field.name == "data" and _same_documents(was, config.data, numbers=None):
+            texts[-1] += "; numbers decides what official texts hold: null is what numbers=none keeps"
     return texts
+
+
+def _same_documents(saved: Any, data: Sequence[DataSource], **changes: Any) -> bool:
+    """Whether saved sources give the same documents, with numbers in another spelling (lumos.data.sources).
+
+    A run of a version without `numbers`, or with the default of its time, has left placeholders in the texts: None.
+    """
+    if not isinstance(saved, list) or len(saved) != len(data):
+        return False
+    try:
+        earlier = [from_options(DataSource, {"numbers": None} | source, "data") for source in saved]
+    except (ValueError, TypeError):  # options of another version
+        return False
+    pairs = zip(earlier, data, strict=True)
+    return all(trains_alike(replace(a, **changes), replace(b, **changes)) for a, b in pairs)
 
 
 def cut_log(path: Path, step: int) -> None:
