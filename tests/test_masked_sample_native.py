@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lumos_kernels import library, masked_sample
-from lumos_kernels.masked_sample import native, ops
+from lumos_kernels.masked_sample import native, ops, reference
 from lumos_kernels.masked_sample.philox import gumbels, uniforms
 from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_reference
 
@@ -370,7 +370,7 @@ PEAK = """
 import torch
 from bench.memory import peak_of
 from lumos_kernels import masked_sample
-from lumos_kernels.masked_sample import native, ops
+from lumos_kernels.masked_sample import native
 
 torch.set_num_threads(1)
 dtype = getattr(torch, "{dtype}")
