@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import FLOATS, INTEGERS, require_classes, require_dtype, require_same, require_shape
 from ..token_ids import VISUAL_CLASSES
-from .ops import is_target, row_losses, row_statistics, summed_loss
+from .ops import row_losses, row_statistics, summed_loss
+from .target_rows import is_target
 
 REDUCTIONS = ("mean", "sum", "none")
 
