@@ -68,10 +68,12 @@ class FrameAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable(OP.name)
-    def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], grad_o: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_o is None and grad_lse is None:
             return (None,) * 10
-        *tensors, o, lse = ctx.saved_tensors
+        *tensors, o, lse = saved
         scale, deterministic, impl = ctx.options
         grad_o = torch.zeros_like(o) if grad_o is None else grad_o
         gradients = torch.ops.lumos_kernels.frame_attention_backward.default(

@@ -77,8 +77,8 @@ class MMRope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable(OP.name)
-    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-        grads = torch.ops.lumos_kernels.mm_rope_backward.default(grad_q, grad_k, *ctx.saved_tensors, *ctx.options)
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        grads = torch.ops.lumos_kernels.mm_rope_backward.default(grad_q, grad_k, *saved, *ctx.options)
         q, k, _, *norms = ctx.needs_input_grad[:7]
         dq, dk, *dnorms = (grad if need else None for grad, need in zip(grads, (q, k, *norms), strict=True))
         return dq, dk, None, *dnorms, None, None, None

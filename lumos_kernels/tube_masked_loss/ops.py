@@ -134,10 +134,10 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable(OP.name)
-    def backward(ctx: Any, grad_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_sum is None:
             return (None,) * 9
-        hidden, weight, labels, rows, token_weight, *gradients = ctx.saved_tensors
+        hidden, weight, labels, rows, token_weight, *gradients = saved
         _, first, last, *_ = ctx.options
         if ctx.in_place:
             gradients, ctx.gradients = ctx.gradients, None
@@ -169,8 +169,10 @@ class RowStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable(OP.name)
-    def backward(ctx: Any, grad_nll: Tensor, grad_lse: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, rows, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], grad_nll: Tensor, grad_lse: Tensor, _: Any
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, rows, lse = saved
         first, last, impl = ctx.options
         need = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         in_place = not torch.compiler.is_compiling() and can_share(hidden, weight)
