@@ -94,7 +94,7 @@ def tube_masked_loss(
             the host sync of counting them. Empty `rows` say that no label lies in the classes; the loss is then 0.
             CPU tensors are checked. A GPU cannot check them without a host sync: there, rows that are no targets count
             in the mean alone, and wrong rows give a wrong number, but never touch memory outside the tensors.
-        return_stats: also return TubeLossStats. stats.lse is 0 on rows that are no targets and hardly ever elsewhere, so
+        return_stats: also return TubeLossStats. stats.lse is 0 on rows that are no targets, hardly ever elsewhere, so
             stats.lse.count_nonzero() counts the rows in the loss, on a GPU without a host sync.
         impl: "auto", "reference" (plain PyTorch), "native" (C++ on CPUs) or "triton" (GPUs). An explicit choice never
             falls back: it raises where it cannot run.
