@@ -288,7 +288,8 @@ class Lumos(nn.Module):
         labels: int64, same shape. Target slots are those whose label is a visual code (in config.classes); every
             other label is ignored. No shift: slot i predicts its own token.
         layout: of input_ids, on its device; made from them where left out.
-        rows: int32 [N], the target slots as indices into the stream (MaskedBatch.rows): saves counting them.
+        rows: int32 [N], exactly the target slots as indices into the stream (MaskedBatch.rows): saves counting them.
+            Without them, labels that are neither -100 nor new lines (8803), none of them a visual code, are an error.
         z_loss_weight: of mean(logsumexp^2) over the class slice, None for config.z_loss_weight.
         focal_gamma: 0, or >= 1 (upstream 2): each slot's cross entropy is scaled by (1 - p_target)^gamma.
         decay_start: weight of the first frame's slots; the weights rise linearly to 1 in the document's last frame

@@ -1,4 +1,4 @@
-"""A decorator that puts a Python function under torch.library: schema, CPU and CUDA kernels, fake."""
+"""Decorators: `define` puts a function under torch.library, `once_differentiable` guards the backward of an op."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ NAMESPACE = "lumos_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+Gradients = tuple[Tensor | None, ...]
+Backward = Callable[..., Gradients]
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Callable[[Kernel], Kernel]:
@@ -31,6 +33,42 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[[Kernel], Kernel]:
         return kernel
 
     return register
+
+
+def once_differentiable(op: str) -> Callable[[Backward], Callable[..., Gradients]]:
+    """Return a decorator of an autograd.Function's backward whose gradients must not be differentiated again.
+
+    The decorated function is called as backward(ctx, saved, *gradients) with saved = ctx.saved_tensors. Under
+    create_graph=True its results raise a RuntimeError that names `op` when a second derivative reaches them.
+
+    torch's decorator of this name looks at the incoming gradients alone. Where these are constants, as that of a loss
+    is, it drops the second derivatives by the saved inputs.
+    """
+    message = (
+        f"{op} has no second derivatives: its gradients, taken with create_graph=True, cannot be differentiated again. "
+        "Compute a loss of gradients with eager PyTorch code."
+    )
+
+    def refusing(gradients: Gradients, causes: list[Tensor]) -> Gradients:
+        # The node hangs on the tensors that the gradients depend on: autograd.grad runs only what leads to its inputs.
+        present = [x.detach().requires_grad_() for x in gradients if x is not None]
+        node: Any = torch._C._functions.DelayedError(message.encode(), len(present) + len(causes))
+        marked = iter(node(*present, *causes)) if present and causes else iter(present)
+        return tuple(None if x is None else next(marked) for x in gradients)
+
+    def decorate(backward: Backward) -> Callable[..., Gradients]:
+        @functools.wraps(backward)
+        def call(ctx: Any, *incoming: Tensor | None) -> Gradients:
+            saved = ctx.saved_tensors  # once: checkpointing refuses to unpack them twice
+            if not torch.is_grad_enabled():  # create_graph=False, and also where torch.compile traces backward
+                return backward(ctx, saved, *incoming)
+            with torch.no_grad():
+                gradients = backward(ctx, saved, *incoming)
+            return refusing(gradients, [x for x in (*saved, *incoming) if x is not None and x.requires_grad])
+
+        return call
+
+    return decorate
 
 
 def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:

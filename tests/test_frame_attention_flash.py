@@ -323,3 +323,13 @@ def test_takes_the_newest_interface_that_loads():
         flash.module.cache_clear()
         assert flash.module() is None
     flash.module.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["video", "texts", "keyless rows"])
+def test_a_second_derivative_is_refused(name, calls):
+    """flash-attn would drop it in silence."""
+    leaves = leaves_of(LIMITS[name])
+    o = frame_attention(*leaves, LIMITS[name], impl="flash")
+    for gradient in torch.autograd.grad(o.sum(), leaves, create_graph=True):
+        with pytest.raises(RuntimeError, match="frame_attention has no second derivatives"):
+            torch.autograd.grad(gradient.square().sum(), leaves, retain_graph=True)

@@ -122,8 +122,8 @@ def test_weight_of_another_dtype(isa):
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_threads_and_runs_give_the_same_bits(isa, dtype, reduction, monkeypatch):
-    """torch.mm's own bits depend on the threads, so it gets one; everything else gets all."""
+def test_between_torchs_products_threads_change_no_bit(isa, dtype, reduction, monkeypatch):
+    """The bits of torch's products depend on the threads, so these get one. Everything else gets all."""
     case, threads = problem(dtype=dtype, width=65), 1
 
     def alone(matmul):

@@ -9,6 +9,9 @@
 // reduce goes through a block in tiles of kTile logits, whose exponentials are summed in kTile fp32 lanes. finish
 // combines the blocks of a row in double. gradient recomputes the exponentials, where lse and the upstream gradients
 // are given.
+//
+// A target outside 0 .. K - 1 marks a row to skip: its nll, lse and gradients are 0, and it is not correct. No kernel
+// reads or writes at the index of such a target.
 #pragma once
 
 #include <cmath>
@@ -78,10 +81,10 @@ void reduce_rows(const TubeMaskedLossBlock& block, const TubeMaskedLossStats& st
     const int64_t at = row * block.blocks + block.block;
     stats.maximum[at] = maximum;
     stats.sum[at] = sum_of_exp(logits, block.classes, shift_of(maximum), dlogits);
-    const int64_t target = block.targets[row] - block.first;
-    if (target >= 0 && target < block.classes) {
-      stats.target_logit[row] = logits[target];
-      stats.beaten[row] = beaten_in_block(logits, block.classes, target);
+    const int64_t target = block.targets[row];
+    if (target >= block.first && target < block.first + block.classes) {
+      stats.target_logit[row] = logits[target - block.first];
+      stats.beaten[row] = beaten_in_block(logits, block.classes, target - block.first);
     }
   }
 }
@@ -112,6 +115,13 @@ struct RowStats {
   }
 };
 
+inline bool is_class(int64_t target, int64_t classes) { return target >= 0 && target < classes; }
+
+template <class T>
+void clear(T* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) write(values + i, 0.0f);
+}
+
 template <class T>
 void scale(T* values, int64_t count, float factor) {
   for (int64_t i = 0; i < count; ++i) write(values + i, read(values[i]) * factor);
@@ -120,10 +130,17 @@ void scale(T* values, int64_t count, float factor) {
 template <class T>
 void finish_rows(const TubeMaskedLossFinish& job, const TubeMaskedLossStats& stats, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
+    const int64_t target = job.targets[row];
+    T* dlogits = job.dlogits ? static_cast<T*>(job.dlogits) + row * job.dlogits_stride : nullptr;
+    if (!is_class(target, job.classes)) {
+      job.nll[row] = job.lse[row] = 0;
+      job.correct[row] = false;
+      if (dlogits) clear(dlogits, job.classes);
+      continue;
+    }
     const RowStats parts{stats.maximum + row * job.blocks, stats.sum + row * job.blocks, job.blocks};
     const double lse = parts.logsumexp();
     const float target_logit = stats.target_logit[row];
-    const int64_t target = job.targets[row];
     bool correct = !stats.beaten[row];
     for (int64_t b = 0; b < job.blocks; ++b) {
       if (b != target / job.block_classes) correct &= !parts.beats(b, target_logit, b < target / job.block_classes);
@@ -131,10 +148,9 @@ void finish_rows(const TubeMaskedLossFinish& job, const TubeMaskedLossStats& sta
     job.nll[row] = static_cast<float>(lse - target_logit);
     job.lse[row] = static_cast<float>(lse);
     job.correct[row] = correct;
-    if (!job.dlogits) continue;
+    if (!dlogits) continue;
     const double weight = job.token_weight ? job.token_weight[row] : 1.0;
     const double factor = weight + 2.0 * job.z_loss_weight * lse;
-    T* dlogits = static_cast<T*>(job.dlogits) + row * job.dlogits_stride;
     for (int64_t b = 0; b < job.blocks; ++b) {
       const int64_t begin = b * job.block_classes;
       const int64_t count = job.classes - begin < job.block_classes ? job.classes - begin : job.block_classes;
@@ -150,6 +166,10 @@ void gradient_rows(const TubeMaskedLossBlock& block, const TubeMaskedLossGradien
   for (int64_t row = first; row < last; ++row) {
     const float* logits = block.logits + row * block.classes;
     T* dlogits = static_cast<T*>(block.dlogits) + row * block.dlogits_stride + block.first;
+    if (!is_class(block.targets[row], block.slice_classes)) {
+      clear(dlogits, block.classes);
+      continue;
+    }
     const float lse = upstream.lse[row], factor = upstream.dnll[row] + upstream.dlse[row];
     each_tile(logits, block.classes, [&](const float* tile, int64_t at, int64_t valid) {
       float gradients[kTile];

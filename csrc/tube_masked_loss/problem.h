@@ -17,7 +17,8 @@ struct TubeMaskedLossBlock {
   int64_t classes;         // number of classes in this block
   int64_t first;           // first class of this block
   const float* logits;     // [R, classes], contiguous
-  const int64_t* targets;  // [R], counted from the first class of the slice
+  int64_t slice_classes;   // K, number of classes of the whole slice; only `gradient` reads it
+  const int64_t* targets;  // [R], counted from the first class of the slice; rows whose target is no class are skipped
   int64_t block, blocks;   // index of this block, and number of blocks
   Dtype dtype;             // dtype of dlogits, bf16 or fp32
   void* dlogits;           // [R, K] with dlogits_stride, null if no gradients are wanted

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..layout import RowLimits
+from ..registration import once_differentiable
 from .contract import Gradients, Inputs, OutputGradients, Outputs
 
 # Where the releases keep flash_attn_func and flash_attn_varlen_func: FlashAttention-3, -4 and -2.
@@ -178,11 +179,32 @@ class _NoGradient(torch.autograd.Function):
 _without_gradient: Callable[[Tensor, Tensor], Tensor] = _NoGradient.apply
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes q, k and v on. Their gradients cannot be differentiated again, which flash-attn itself does not notice."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(q, k, v)
+        ctx.set_materialize_grads(False)
+        return q.view_as(q), k.view_as(k), v.view_as(v)
+
+    @staticmethod
+    @once_differentiable("frame_attention")
+    def backward(ctx: Any, _: tuple[Tensor, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+
+_once_differentiable: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = _OnceDifferentiable.apply
+
+
 def differentiable_forward(inputs: Inputs, *, deterministic: bool) -> Outputs:
     """Return outputs through which gradients flow by flash-attn's own autograd.
 
-    Raises ValueError where the limits take too many calls, and in backward where a gradient reaches lse.
+    Raises ValueError where the limits take too many calls, and in backward where a gradient reaches lse. Gradients that
+    are differentiated again raise RuntimeError.
     """
+    q, k, v = _once_differentiable(*inputs[:3])
+    inputs = inputs._replace(q=q, k=k, v=v)
     if inputs.scale < 0:  # flash-attn takes the maximum of the scores before it scales them
         inputs = inputs._replace(q=-inputs.q, scale=-inputs.scale)
     runs, queries = _runs(inputs.limits), inputs.q.shape[0]

@@ -7,11 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import Problem
 from ..layout import RowLimits
-from ..registration import define
+from ..registration import define, once_differentiable
 from ..tensors import unit_last_stride
 from .contract import OP, SELF_DIFFERENTIATING, Gradients, Inputs, OutputGradients, Outputs, SelfDifferentiating
 
@@ -68,11 +67,13 @@ class FrameAttention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once_differentiable(OP.name)
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], grad_o: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_o is None and grad_lse is None:
             return (None,) * 10
-        *tensors, o, lse = ctx.saved_tensors
+        *tensors, o, lse = saved
         scale, deterministic, impl = ctx.options
         grad_o = torch.zeros_like(o) if grad_o is None else grad_o
         gradients = torch.ops.lumos_kernels.frame_attention_backward.default(

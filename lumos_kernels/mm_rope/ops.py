@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import Problem
-from ..registration import define
+from ..registration import define, once_differentiable
 from ..tensors import unit_last_stride
 from .contract import OP, Inputs, Norm, Rotated
 from .frequencies import inverse_frequencies
@@ -77,9 +76,9 @@ class MMRope(torch.autograd.Function):
         return q, k
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-        grads = torch.ops.lumos_kernels.mm_rope_backward.default(grad_q, grad_k, *ctx.saved_tensors, *ctx.options)
+    @once_differentiable(OP.name)
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        grads = torch.ops.lumos_kernels.mm_rope_backward.default(grad_q, grad_k, *saved, *ctx.options)
         q, k, _, *norms = ctx.needs_input_grad[:7]
         dq, dk, *dnorms = (grad if need else None for grad, need in zip(grads, (q, k, *norms), strict=True))
         return dq, dk, None, *dnorms, None, None, None

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import FLOATS, INTEGERS, require_classes, require_dtype, require_same, require_shape
 from ..token_ids import VISUAL_CLASSES
-from .ops import is_target, row_losses, row_statistics, summed_loss
+from .ops import row_losses, row_statistics, summed_loss
+from .target_rows import is_target
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -81,16 +82,20 @@ def tube_masked_loss(
         hidden: [T, C], bf16, fp16, fp32 or fp64.
         weight: [V, C], the whole lm_head, any floating dtype. Its slice is cast to hidden's dtype.
         labels: int64 [T], ids of the whole vocabulary. Rows whose label lies outside the classes are ignored: those of
-            -100, and in Lumos-1 the masked new lines (id 8803).
+            -100, and in Lumos-1 the masked new lines (id 8803). Without `rows`, labels of which none lies in the
+            classes and some are neither -100 nor 8803 are an error, e.g. labels that count from the first class.
         classes: (first, last), the columns of the class slice. The default is the visual codes of Lumos-1.
         reduction: "mean" over the target rows (0 if there are none), "sum", or "none" ([T], 0 on rows that are no
             targets).
         z_loss_weight: factor of the squared logsumexp.
         token_weight: [T], a constant factor of each row's cross entropy, not of its z-loss. No gradient flows to it.
             The mean divides by the number of target rows and not by the sum of the weights, as the official code does.
-        rows: int32 or int64 [N], exactly the target rows in any order, when the caller knows them: saves the host sync
-            of counting them. The caller answers for them; they are not checked.
-        return_stats: also return TubeLossStats.
+        rows: int32 or int64 [N], exactly the target rows, each once and in any order, when the caller knows them: saves
+            the host sync of counting them. Empty `rows` say that no label lies in the classes; the loss is then 0.
+            CPU tensors are checked. A GPU cannot check them without a host sync: there, rows that are no targets count
+            in the mean alone, and wrong rows give a wrong number, but never touch memory outside the tensors.
+        return_stats: also return TubeLossStats. stats.lse is 0 on rows that are no targets, hardly ever elsewhere, so
+            stats.lse.count_nonzero() counts the rows in the loss, on a GPU without a host sync.
         impl: "auto", "reference" (plain PyTorch), "native" (C++ on CPUs) or "triton" (GPUs). An explicit choice never
             falls back: it raises where it cannot run.
 
@@ -99,7 +104,9 @@ def tube_masked_loss(
         dense, [V, C] in weight's dtype, and zero outside the class slice.
 
     Raises:
-        ValueError: a shape, dtype, device or option does not fit, or an explicit `impl` cannot run.
+        ValueError: a shape, dtype, device or option does not fit, an explicit `impl` cannot run, `rows` on the CPU are
+            not exactly the target rows, or labels have no target and are not all -100 or 8803.
+        RuntimeError: a gradient taken with create_graph=True is differentiated again. There are no second derivatives.
 
     Source: arXiv 2507.08801 section 3.4; the official loss on tests/golden, except that the official code drops exact
     zeros from its mean.

@@ -7,6 +7,9 @@ class slice of lm_head. With logits = x W^T,
 Forward computes the statistics nll, lse and correct, and those gradients of the SUM of the row losses that the caller
 wants. The reductions "sum" and "mean" only scale these gradients, so their training step needs no second pass over the
 logits. Backward serves the reduction "none", where autograd delivers a gradient for each row: it recomputes the logits.
+
+A target outside 0 .. K - 1 marks a row to skip: nll = lse = 0, correct is False, and its gradients are 0. Such targets
+come from wrong `rows` on a GPU, which nobody checks, so no implementation may read or write at their index.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ class Inputs(NamedTuple):
 
     hidden: Tensor  # [T, C]
     weight: Tensor  # [K, C], the class slice, in hidden's dtype
-    targets: Tensor  # int64 [N], in [0, K)
-    rows: Tensor  # int64 [N], N >= 1: the target rows of hidden
+    targets: Tensor  # int64 [N], in [0, K); the rows of others are skipped
+    rows: Tensor  # int64 [N], in [0, T), N >= 1: the target rows of hidden
 
 
 class RowLoss(NamedTuple):

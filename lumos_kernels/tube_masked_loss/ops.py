@@ -7,20 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import Problem
-from ..registration import define
+from ..registration import define, once_differentiable
 from .contract import OP, Inputs, Outputs, RowLoss, StatisticGradients, Wanted
+from .target_rows import target_rows
 from .weight_gradient import can_share, class_sums, statistics_dtype, whole_weight, whole_weight_in_place
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? rows"
 _WANTED = "int first, int last, bool need_hidden, bool need_weight, bool shared, str impl"
-
-
-def is_target(labels: Tensor, first: int, last: int) -> Tensor:
-    """Return bool [T], True where the label lies in the class slice."""
-    return (labels >= first) & (labels < last)
 
 
 def row_losses(nll: Tensor, lse: Tensor, token_weight: Tensor | None, z_loss_weight: float) -> Tensor:
@@ -30,14 +25,16 @@ def row_losses(nll: Tensor, lse: Tensor, token_weight: Tensor | None, z_loss_wei
     return loss + z_loss_weight * lse.square() if z_loss_weight else loss
 
 
-def _target_rows(labels: Tensor, rows: Tensor | None, first: int, last: int) -> Tensor:
-    """Return int64 [N]. Without `rows` the number of targets is read from the device."""
-    return is_target(labels, first, last).nonzero()[:, 0] if rows is None else rows.long()
+def _inputs(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, first: int, last: int) -> Inputs:
+    """Select the class slice. A slice of another dtype than hidden's is copied."""
+    return Inputs(hidden, weight[first:last].to(hidden.dtype), targets, rows)
 
 
-def _inputs(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, first: int, last: int) -> Inputs:
-    """Select the class slice and the targets. A slice of another dtype than hidden's is copied."""
-    return Inputs(hidden, weight[first:last].to(hidden.dtype), labels[rows] - first, rows)
+def _wanted(
+    hidden: Tensor, weight: Tensor, first: int, last: int, need_hidden: bool, need_weight: bool, shared: bool
+) -> Wanted:
+    """Return what a call is to make, with unwritten memory for the gradient of the class slice."""
+    return Wanted(need_hidden, class_sums(hidden, weight, first, last, shared) if need_weight else None)
 
 
 def _spread(values: Tensor, rows: Tensor, tokens: int) -> Tensor:
@@ -62,9 +59,8 @@ def _nothing(hidden: Tensor, wanted: Wanted) -> Outputs:
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, first, last, need_hidden, need_weight, shared, _impl = rest
-    sums = class_sums(hidden, weight, first, last, shared) if need_weight else None
-    return _present(hidden, hidden.new_empty(hidden.shape) if need_hidden else None, sums)
+    wanted = _wanted(hidden, weight, *rest[-6:-1])
+    return _present(hidden, hidden.new_empty(hidden.shape) if wanted.hidden else None, wanted.weight)
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -78,15 +74,15 @@ def _fake_forward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, .
     _fake_forward,
 )
 def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    token_weight, z_loss_weight, first, last, need_hidden, need_weight, shared, impl = rest
+    token_weight, z_loss_weight, first, last, *need, impl = rest
     chosen = OP.choose(impl, Problem.of(hidden))
-    rows = _target_rows(labels, rows, first, last)
-    wanted = Wanted(need_hidden, class_sums(hidden, weight, first, last, shared) if need_weight else None)
+    rows, targets = target_rows(labels, rows, first, last)
+    wanted = _wanted(hidden, weight, first, last, *need)
     if rows.numel() == 0:
         outputs = _nothing(hidden, wanted)
     else:
         loss = RowLoss(None if token_weight is None else token_weight[rows], z_loss_weight)
-        outputs = chosen.forward(_inputs(hidden, weight, labels, rows, first, last), loss, wanted)
+        outputs = chosen.forward(_inputs(hidden, weight, rows, targets, first, last), loss, wanted)
     *statistics, dhidden = outputs
     return *(_spread(x, rows, hidden.shape[0]) for x in statistics), *_present(hidden, dhidden, wanted.weight)
 
@@ -101,14 +97,14 @@ def _fake_backward(_: Tensor, __: Tensor, hidden: Tensor, weight: Tensor, *rest:
     _fake_backward,
 )
 def _backward(grad_nll: Tensor, grad_lse: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    labels, rows, lse, first, last, need_hidden, need_weight, shared, impl = rest
+    labels, rows, lse, first, last, *need, impl = rest
     chosen = OP.choose(impl, Problem.of(hidden))
-    rows = _target_rows(labels, rows, first, last)
-    wanted = Wanted(need_hidden, class_sums(hidden, weight, first, last, shared) if need_weight else None)
+    rows, targets = target_rows(labels, rows, first, last)
+    wanted = _wanted(hidden, weight, first, last, *need)
     if rows.numel() == 0:
         dhidden = _nothing(hidden, wanted).dhidden
     else:
-        inputs = _inputs(hidden, weight, labels, rows, first, last)
+        inputs = _inputs(hidden, weight, rows, targets, first, last)
         grad = StatisticGradients(grad_nll[rows], grad_lse[rows])
         dhidden = chosen.backward(inputs, lse[rows], grad, wanted)
     return _present(hidden, dhidden, wanted.weight)
@@ -137,11 +133,11 @@ class SummedLoss(torch.autograd.Function):
         return row_losses(nll, lse, token_weight, z_loss_weight).sum(), nll, lse, correct
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    @once_differentiable(OP.name)
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_sum is None:
             return (None,) * 9
-        hidden, weight, labels, rows, token_weight, *gradients = ctx.saved_tensors
+        hidden, weight, labels, rows, token_weight, *gradients = saved
         _, first, last, *_ = ctx.options
         if ctx.in_place:
             gradients, ctx.gradients = ctx.gradients, None
@@ -172,9 +168,11 @@ class RowStatistics(torch.autograd.Function):
         return nll, lse, correct
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_nll: Tensor, grad_lse: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, rows, lse = ctx.saved_tensors
+    @once_differentiable(OP.name)
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], grad_nll: Tensor, grad_lse: Tensor, _: Any
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, rows, lse = saved
         first, last, impl = ctx.options
         need = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         in_place = not torch.compiler.is_compiling() and can_share(hidden, weight)

@@ -2,7 +2,8 @@
 
 Of T rows only the N target rows matter, of V columns only the class slice. With logits = x W^T over that slice,
     lse = logsumexp(logits),   nll = lse - logit of the target,   row loss = token_weight * nll + z_loss_weight * lse^2.
-Everything is fp32 (fp64 for fp64 input).
+Everything is fp32 (fp64 for fp64 input). A row whose target is no class is skipped: its statistics are 0, it is not
+correct, and its gradients are 0.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ def forward(inputs: Inputs, loss: RowLoss, wanted: Wanted) -> Outputs:
     statistics = []
     for rows, targets, factor in _blocks(inputs.rows, inputs.targets, token_weight):
         logits = gradients.logits(rows)
-        lse = torch.logsumexp(logits, -1)
-        nll = lse - logits.gather(1, targets[:, None])[:, 0]
+        is_class = _is_class(targets, logits)
+        lse = torch.logsumexp(logits, -1).where(is_class, 0)
+        nll = (lse - logits.gather(1, targets.where(is_class, 0)[:, None])[:, 0]).where(is_class, 0)
         statistics.append((nll, lse, logits.argmax(-1) == targets))
         gradients.add(rows, logits, lse, targets, factor, 2 * loss.z_loss_weight * lse)
     nll, lse, correct = (torch.cat(parts) for parts in zip(*statistics, strict=True))
@@ -48,6 +50,10 @@ def _compute(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _is_class(targets: Tensor, logits: Tensor) -> Tensor:
+    return (targets >= 0) & (targets < logits.shape[1])
+
+
 class _Gradients:
     """Collects the gradients of the hidden states and of the class slice over blocks of rows."""
 
@@ -66,8 +72,10 @@ class _Gradients:
         """
         if self.hidden is None and self.classes is None:
             return
+        is_class = _is_class(targets, logits)
         dlogits = logits.sub_(lse[:, None]).exp_().mul_((dnll + dlse)[:, None])
-        dlogits.scatter_add_(1, targets[:, None], -dnll[:, None].to(dlogits.dtype))
+        dlogits.scatter_add_(1, targets.where(is_class, 0)[:, None], -dnll[:, None].to(dlogits.dtype))
+        dlogits.masked_fill_(~is_class[:, None], 0)
         if self.hidden is not None:
             self.hidden[rows] = (dlogits @ self.weight).to(self.hidden.dtype)
         if self.classes is not None:

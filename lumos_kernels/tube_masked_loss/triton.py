@@ -4,7 +4,7 @@ Compiled for sm_80, sm_90 and sm_100, run in the interpreter, not yet run on a G
 maximum, the pass makes
     total = sum exp(x - m),   lse = m + log(total),   nll = lse - x[target],
     gradient = softmax * on_lse + (softmax - one_hot(target)) * on_nll,   softmax = exp(x - m) / total,
-with on_nll = token_weight and on_lse = 2 * z_loss_weight * lse.
+with on_nll = token_weight and on_lse = 2 * z_loss_weight * lse. A row whose target is no class gets zeros instead.
 
 Target rows come in chunks. A chunk's logits are rounded to hidden's dtype, as a model's lm_head rounds them. The pass
 reads a row twice: for its statistics, and then to put the gradient of each logit in its place, from which two more
@@ -108,6 +108,16 @@ def _put_gradient(
 
 
 @triton.jit
+def _put_zeros(
+    row_ptr: kt.Pointer, start: kt.Scalar, classes: kt.Scalar, BLOCK: tl.constexpr, VECTOR: tl.constexpr
+) -> None:
+    """Overwrite the logits of a row without a target by their gradient."""
+    column = _columns(start, BLOCK, VECTOR)
+    zeros = tl.zeros([BLOCK // VECTOR, VECTOR], row_ptr.dtype.element_ty)
+    tl.store(row_ptr + column, zeros, mask=column < classes)
+
+
+@triton.jit
 def _loss_kernel(
     logits_ptr: kt.Pointer,
     targets_ptr: kt.Pointer,
@@ -125,24 +135,33 @@ def _loss_kernel(
     """Write a row's statistics, and the gradient of its loss in the place of its logits. A program takes a row."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
-    target = tl.load(targets_ptr + row).to(tl.int32)
-    # This load comes before the first gradient is written: the reductions between them synchronise the warps.
-    target_logit = tl.load(row_ptr + target).to(tl.float32)
-    top, total = _largest_and_sum(row_ptr, classes, BLOCK, VECTOR)
-    lse = top + tl.log(total)
-    correct = target_logit == top
-    if correct:  # equal logits are common in bf16, and only the first of them is the argmax
-        correct = not _occurs_before(row_ptr, top, target, classes, BLOCK, VECTOR)
-    tl.store(nll_ptr + row, (top - target_logit) + tl.log(total))  # exact, however far the logits are from 0
-    tl.store(lse_ptr + row, lse)
-    tl.store(correct_ptr + row, correct.to(tl.uint8))
-    if WITH_GRADIENT:
-        on_nll = 1.0
-        if token_weight_ptr is not None:
-            on_nll = tl.load(token_weight_ptr + row)
-        on_lse = 2.0 * z_loss_weight * lse
-        for start in range(0, classes, BLOCK // 2):  # a whole block would spill on sm_100
-            _put_gradient(row_ptr, start, classes, target, top, 1.0 / total, on_nll, on_lse, BLOCK // 2, VECTOR)
+    given_target = tl.load(targets_ptr + row)  # compared before it loses its upper 32 bits
+    if (given_target >= 0) & (given_target < classes):
+        target = given_target.to(tl.int32)
+        # This load comes before the first gradient is written: the reductions between them synchronise the warps.
+        target_logit = tl.load(row_ptr + target).to(tl.float32)
+        top, total = _largest_and_sum(row_ptr, classes, BLOCK, VECTOR)
+        lse = top + tl.log(total)
+        correct = target_logit == top
+        if correct:  # equal logits are common in bf16, and only the first of them is the argmax
+            correct = not _occurs_before(row_ptr, top, target, classes, BLOCK, VECTOR)
+        tl.store(nll_ptr + row, (top - target_logit) + tl.log(total))  # exact, however far the logits are from 0
+        tl.store(lse_ptr + row, lse)
+        tl.store(correct_ptr + row, correct.to(tl.uint8))
+        if WITH_GRADIENT:
+            on_nll = 1.0
+            if token_weight_ptr is not None:
+                on_nll = tl.load(token_weight_ptr + row)
+            on_lse = 2.0 * z_loss_weight * lse
+            for start in range(0, classes, BLOCK // 2):  # a whole block would spill on sm_100
+                _put_gradient(row_ptr, start, classes, target, top, 1.0 / total, on_nll, on_lse, BLOCK // 2, VECTOR)
+    else:
+        tl.store(nll_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        tl.store(correct_ptr + row, 0)
+        if WITH_GRADIENT:
+            for start in range(0, classes, BLOCK // 2):
+                _put_zeros(row_ptr, start, classes, BLOCK // 2, VECTOR)
 
 
 @triton.jit
@@ -160,10 +179,13 @@ def _gradient_kernel(
     """Write the gradient of grad_nll * nll + grad_lse * lse in the place of a block of a row's logits."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr, start = logits_ptr + row * row_stride, tl.program_id(1) * BLOCK
-    target = tl.load(targets_ptr + row).to(tl.int32)
-    on_nll, on_lse = tl.load(grad_nll_ptr + row), tl.load(grad_lse_ptr + row)
-    lse = tl.load(lse_ptr + row)
-    _put_gradient(row_ptr, start, classes, target, lse, 1.0, on_nll, on_lse, BLOCK, VECTOR)
+    target = tl.load(targets_ptr + row)  # compared before it loses its upper 32 bits
+    if (target >= 0) & (target < classes):
+        on_nll, on_lse = tl.load(grad_nll_ptr + row), tl.load(grad_lse_ptr + row)
+        lse = tl.load(lse_ptr + row)
+        _put_gradient(row_ptr, start, classes, target.to(tl.int32), lse, 1.0, on_nll, on_lse, BLOCK, VECTOR)
+    else:
+        _put_zeros(row_ptr, start, classes, BLOCK, VECTOR)
 
 
 def forward(inputs: Inputs, loss: RowLoss, wanted: Wanted) -> Outputs:
