@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lumos.head import sampling_weight
 from lumos.kv_cache import CompactCache, FrameCache, StaticCache
 from lumos.model import Lumos
 from lumos.sampling import GeneratedFrame, Prompt, Sampling, mask_counts, read_prompts
 from lumos.stream import Stream, choose_impl
 from lumos.tokens import VIDEO_END
+from lumos.wrappers import unwrap_lumos
 from lumos_kernels import masked_sample
 from lumos_kernels.layout import RowLimits
 from lumos_kernels.masked_sample.philox import exponentials
@@ -45,7 +47,7 @@ def generate_tokens(
     """Samples the frames of a batch of documents: for each, int64 [L] from its video start to its video end.
 
     Args:
-        model: evaluation mode is not needed; its dropout is off meanwhile.
+        model: a Lumos, also inside peft, DDP or torch.compile. Evaluation mode is not needed; its dropout is off.
         prompts: for each document int64 [n] on any device: text, video start, seconds, fps, and any given frames,
             which are kept as they are. A prompt that begins at the video start has no text and needs no guidance.
         grid: (rows, columns) of codes, multiples of 4; one for all, or one a document.
@@ -62,19 +64,14 @@ def generate_tokens(
 
     Source: official generate_maskedAR_mmrope_v8_newcache; equal to it token for token on tests/golden (greedy, fp32).
     """
+    model = unwrap_lumos(model)
     first = model.config.visual_start
     documents = read_prompts(model.config, prompts, grid, frames, seed, Sampling(**options))
     pieces = [[document.ids[document.begin :]] for document in documents]
-    for result in generate_frames(
-        model,
-        prompts,
-        grid,
-        frames,
-        seed=seed,
-        documents_per_pass=documents_per_pass,
-        progress=progress,
-        **options,
-    ):
+    made = generate_frames(
+        model, prompts, grid, frames, seed=seed, documents_per_pass=documents_per_pass, progress=progress, **options
+    )
+    for result in made:
         pieces[result.document].append(documents[result.document].frame_ids(result.codes + first))
     end = torch.tensor([VIDEO_END])
     return [torch.cat([*piece, end]) for piece in pieces]
@@ -96,11 +93,12 @@ def generate_frames(
     Given frames are not yielded. Documents of one pass advance together, passes follow one another. The arguments are
     checked by this call, before the first frame is asked for.
     """
+    model = unwrap_lumos(model)
     sampling = Sampling(**options)
     documents = read_prompts(model.config, prompts, grid, frames, seed, sampling)
     if isinstance(documents_per_pass, bool) or not isinstance(documents_per_pass, int) or documents_per_pass < 1:
         raise ValueError(f"documents_per_pass must be an integer >= 1, got {documents_per_pass!r}")
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     if sampling.cuda_graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs needs a model on a CUDA device, this one is on {device}")
     return _frames(model, documents, sampling, documents_per_pass, progress)
@@ -191,7 +189,9 @@ class _Group:
 
     def __init__(self, model: Lumos, documents: Sequence[Prompt], sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
-        self.device, self.dtype = model.lm_head.weight.device, model.model.embed_tokens.weight.dtype
+        self.device = next(model.parameters()).device
+        self.weight, self.first, self.dtype = sampling_weight(model)
+        self.classes = tuple(end - self.first for end in model.config.classes)
         self.documents = list(documents)
         self.lanes: list[_Lane] = []
         self.tokens = 0  # of the cache
@@ -353,8 +353,8 @@ class _Decoder:
         ids, confidence = masked_sample(
             conditional,
             unconditional,
-            self.model.lm_head.weight,
-            classes=self.model.config.classes,
+            self.group.weight,
+            classes=self.group.classes,
             guidance_scale=None if unconditional is None else sampling.guidance_scale,
             greedy=sampling.greedy,
             row_keys=torch.cat([state.row_keys(state.undecided[step]) for state in states]),
@@ -362,7 +362,7 @@ class _Decoder:
         )
         sizes = [len(state.undecided[step]) for state in states]
         for state, new, sure in zip(states, ids.split(sizes), confidence.split(sizes), strict=True):
-            state.ids.index_copy_(0, state.undecided[step], new)
+            state.ids.index_copy_(0, state.undecided[step], new + self.group.first if self.group.first else new)
             if step + 1 < sampling.steps:
                 self._keep_least_confident(state, step, sure)
 

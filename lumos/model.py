@@ -11,8 +11,7 @@ H query heads, K key/value heads, D head_dim, F frames.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,46 +20,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lumos.config import LumosConfig
+from lumos.head import LMHead, class_logits, class_loss
+from lumos.output import LumosOutput as LumosOutput
 from lumos.stream import ContextExchange, Stream, check_impl, choose_impl, own_layout
 from lumos_kernels import FrameLayout, frame_attention, mm_rope, tube_masked_loss
 
 QK_NORM_EPS = 1e-5
-
-
-@dataclass
-class LumosOutput:
-    """loss: fp32 scalar, None without labels. hidden_states: [B, L, C] or [T, C], after the final norm.
-
-    nll: fp32 [T], the cross entropy of each target slot, 0 elsewhere, no gradient; targets: bool [T]; both None
-    without labels.
-    """
-
-    loss: Tensor | None
-    hidden_states: Tensor
-    layout: FrameLayout = field(repr=False)
-    nll: Tensor | None = field(default=None, repr=False)
-    targets: Tensor | None = field(default=None, repr=False)
-
-    @cached_property
-    def frame_losses(self) -> Tensor:
-        """fp32 [F]: mean cross entropy over the target slots of frame f in all documents, nan where there are none.
-
-        Exact for every mask, unlike upstream's estimate. Computed when read: reading it waits for the device.
-        """
-        sums, counts = self.frame_sums(self.layout.num_frames)
-        return (sums / counts).float()
-
-    def frame_sums(self, num_frames: int) -> tuple[Tensor, Tensor]:
-        """fp64 [F] sums of the cross entropy and fp64 [F] counts of target slots by frame, without a host sync.
-
-        What several devices add up before they divide. num_frames: F, at least layout.num_frames.
-        """
-        if self.nll is None:
-            raise ValueError("frame losses need labels: call the model with labels=")
-        frame_T = torch.where(self.targets, self.layout.frame_index, num_frames).long()
-        sums = self.nll.new_zeros(2, num_frames + 1, dtype=torch.float64)
-        sums.index_add_(1, frame_T, torch.stack([self.nll.double(), self.targets.double()]))
-        return sums[0, :num_frames], sums[1, :num_frames]
 
 
 class RMSNorm(nn.Module):
@@ -76,14 +41,19 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """Parameters of the LayerNorm over head_dim that mm_rope applies: weight and bias [model_parallel_size, D]."""
+    """Parameters of the LayerNorm over head_dim that mm_rope applies: weight and bias [model_parallel_size, D].
+
+    forward takes the heads, which it does not need: wrappers such as peft's modules_to_save hand on a first argument.
+    """
 
     def __init__(self, groups: int, head_dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, head_dim))
         self.bias = nn.Parameter(torch.empty(groups, head_dim))
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        if hasattr(self, "unshard"):  # FSDP2 frees the weights of a group of their own behind this call
+            return self.weight.clone(), self.bias.clone()
         return self.weight, self.bias
 
 
@@ -110,8 +80,8 @@ class Attention(nn.Module):
             k_TKD,
             stream.positions,
             theta=self.theta,
-            q_norm=self.q_norm(),
-            k_norm=self.k_norm(),
+            q_norm=self.q_norm(q_THD),
+            k_norm=self.k_norm(k_TKD),
             eps=QK_NORM_EPS,
             impl=choose_impl(stream.impl, "mm_rope"),
         )
@@ -193,12 +163,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids_T: Tensor, stream: Stream) -> Tensor:
-        """ids_T: int64 [T] -> [T, C] after the final norm."""
-        x_TC = self.embed_tokens(ids_T)
+    def forward(self, input_ids: Tensor, stream: Stream) -> Tensor:
+        """Return the hidden states [..., C] after the final norm. input_ids: int64 [T] or [B, L], T = B L."""
+        x_TC = self.embed_tokens(input_ids.reshape(-1))
         for layer in self.layers:
             x_TC = layer(x_TC, stream)
-        return self.norm(x_TC)
+        # The norm makes a new tensor in the final shape: FSDP2 warns of an output that is a view.
+        return self.norm(x_TC if input_ids.dim() == 1 else x_TC.view(*input_ids.shape, x_TC.shape[-1]))
 
 
 class Lumos(nn.Module):
@@ -216,7 +187,7 @@ class Lumos(nn.Module):
         device = torch.get_default_device()
         with torch.device("meta"):  # so that torch's own initialisation does not run first
             self.model = Decoder(config)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.to_empty(device=device)
         self.reset_parameters()
 
@@ -308,20 +279,25 @@ class Lumos(nn.Module):
             layout = own_layout(layout, context)
             weight_T = None if weight_T is None else context.own(weight_T)
         stream = Stream(layout.positions, layout.limits, self.impl, context=context)
-        hidden_TC = self.model(input_ids.reshape(-1), stream)
-        hidden = hidden_TC if input_ids.dim() == 1 else hidden_TC.view(*input_ids.shape, -1)
+        hidden = self.model(input_ids, stream)
         output = LumosOutput(None, hidden, layout)
         if labels is not None:
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels must have the shape of input_ids {[*input_ids.shape]}, got {[*labels.shape]}")
             z_loss_weight = self.config.z_loss_weight if z_loss_weight is None else z_loss_weight
+            hidden_TC = hidden.reshape(-1, hidden.shape[-1])
             self._add_loss(output, hidden_TC, labels.reshape(-1), rows, z_loss_weight, focal_gamma, weight_T)
         return output
 
     def logits(self, hidden: Tensor, classes: tuple[int, int] | None = None) -> Tensor:
         """hidden [..., C] -> [..., hi - lo], logits of the ids lo..hi-1. classes: (lo, hi), None for config.classes."""
-        lo, hi = self.config.classes if classes is None else classes
-        return F.linear(hidden, self.lm_head.weight[lo:hi])
+        return class_logits(self.lm_head, hidden, self.config.classes if classes is None else classes)
+
+    def _replicate_for_data_parallel(self) -> None:
+        raise TypeError(
+            "nn.DataParallel cannot put together the layouts and losses of Lumos from several GPUs: "
+            "use torch.nn.parallel.DistributedDataParallel, or lumos.parallel"
+        )
 
     def _add_loss(
         self,
@@ -333,7 +309,7 @@ class Lumos(nn.Module):
         focal_gamma: float,
         weight_T: Tensor | None,
     ) -> None:
-        """Fills loss, nll and targets. The only place that reads lm_head in training."""
+        """Fills loss, nll and targets."""
         if focal_gamma != 0 and focal_gamma < 1:
             raise ValueError(
                 f"focal_gamma must be 0 or >= 1 (its gradient at p = 1 is infinite below), got {focal_gamma}"
@@ -341,9 +317,10 @@ class Lumos(nn.Module):
         hidden_TC = cast_once(hidden_TC)
         lo, hi = self.config.classes
         output.targets = (labels_T >= lo) & (labels_T < hi)
-        loss, stats = tube_masked_loss(
+        loss, stats = class_loss(
+            tube_masked_loss,
+            self.lm_head,
             hidden_TC,
-            self.lm_head.weight,
             labels_T,
             classes=(lo, hi),
             rows=rows,
@@ -351,7 +328,6 @@ class Lumos(nn.Module):
             z_loss_weight=z_loss_weight,
             token_weight=weight_T,
             impl=choose_impl(self.impl, "tube_masked_loss"),
-            return_stats=True,
         )
         if focal_gamma:
             focal_T = (-torch.expm1(-stats.nll)) ** focal_gamma * stats.nll

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lumos.head import head_layers, is_packed
 from lumos.tokens import VIDEO_END, VIDEO_START
 from lumos_kernels.errors import require_rope_head_dim
 from lumos_kernels.frame_layout.frames import SPACE_STRIDE, TIME_STRIDE
@@ -57,8 +58,8 @@ def check_model(model: nn.Module) -> None:
         missing += [name for name in TRAINING_PARTS if _find(model, name) is None]
         calls = set(type(model).forward_mask.__code__.co_names) & names_of(model).keys()
         missing += [f"call of {name} in forward_mask" for name in TRAINING_NAMES if name not in calls]
-    head = unwrap(_find(model, "lm_head"))
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    heads = head_layers(_find(model, "lm_head")) if _find(model, "lm_head") is not None else []
+    if not all(isinstance(head, nn.Linear) and head.bias is None for head in heads):
         missing.append("lm_head that is a Linear without bias")
     if missing:
         raise TypeError(f"model must be an official {CLASSES}; {type(model).__name__} has no {', no '.join(missing)}")
@@ -95,18 +96,14 @@ def trains(model: nn.Module) -> bool:
     return hasattr(model, "forward_mask")
 
 
+def plain_linears(head: nn.Module) -> list[nn.Linear]:
+    """Return the layers inside lm_head that multiply by their weight as it is, which quantised ones do not."""
+    return [layer for layer in head_layers(head) if type(layer).forward is nn.Linear.forward and not is_packed(layer)]
+
+
 def names_of(module: nn.Module, method: str = "forward_mask") -> dict[str, Any]:
     """The names that a method of a module's class sees."""
     return getattr(type(module), method).__globals__
-
-
-def unwrap(module: Any) -> Any:
-    """The module inside FSDP, DDP, activation checkpointing and torch.compile."""
-    for name in ("module", "_checkpoint_wrapped_module", "_orig_mod"):
-        inner = getattr(module, name, None)
-        if isinstance(inner, nn.Module):
-            return unwrap(inner)
-    return module
 
 
 def _find(model: nn.Module, name: str) -> Any:

@@ -5,7 +5,7 @@ so that another model of the same process stays as it is:
 
     forward_mask               training: describes the batch by row limits instead of an L x L mask, and asks lm_head
                                for the loss of the target rows instead of logits
-    lm_head.forward            with labels: that loss, where the weight is whole (FSDP gathers it there)
+    lm_head.forward            lends its weight to that loss, where it is whole (FSDP gathers it there): lumos/head.py
     model._update_causal_mask  sampling: reads the row limits off the mask that the caller built
     model.generate_mm_position_ids   the positions, without a Python loop over tokens
     self_attn.forward          mm_rope and frame_attention, where the layer finds a _Stream in place of its mask
@@ -27,10 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lumos.head import class_loss, lend
 from lumos.model import QK_NORM_EPS, cast_once
-from lumos.official import TOKEN_IDS, check_model, exact_frequencies, names_of, trains, unwrap
+from lumos.official import TOKEN_IDS, check_model, exact_frequencies, names_of, plain_linears, trains
 from lumos.stream import check_impl, choose_impl
 from lumos.tokens import IGNORED, VIDEO_END, VIDEO_START
+from lumos.wrappers import unwrap
 from lumos_kernels import FrameLayout, frame_attention, mm_rope, tube_masked_loss
 from lumos_kernels.frame_layout.frames import TIME_STRIDE
 from lumos_kernels.layout import RowLimits
@@ -58,7 +60,7 @@ def apply_lumos_kernels(
     parameters, state dict and optimizers see no change. Other models of the process are not touched.
 
     model: an official ChameleonXLLMXForConditionalGeneration (training) or ChameleonMMRoPEForConditionalGeneration
-        (sampling), or either inside FSDP, DDP or torch.compile. It may as well be wrapped afterwards.
+        (sampling), or either inside FSDP, DDP, torch.compile or peft. It may as well be wrapped afterwards.
     rope, attention, loss: which of the three to replace. loss concerns training only.
     impl: implementation of the ops, one name for all or a mapping by op name ("mm_rope", "frame_attention",
         "tube_masked_loss"). ValueError for a name that does not exist.
@@ -87,7 +89,8 @@ def apply_lumos_kernels(
             patch.replace(unwrap(layer.self_attn), "forward", _attention)
         if trains(model):
             patch.replace(model, "forward_mask", _forward_mask)
-            patch.replace(unwrap(model.lm_head), "forward", _lm_head)
+            for linear in plain_linears(model.lm_head):
+                patch.replace(linear, "forward", _lm_head, shared=False)
     patch.options = SimpleNamespace(rope=rope, attention=attention, loss=loss, impl=impl, compat=compat)
     return patch.undo
 
@@ -100,10 +103,13 @@ class _Patch:
     replaced: list[tuple[nn.Module, str, Callable, Callable | None]] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
 
-    def replace(self, module: nn.Module, name: str, function: Callable) -> None:
-        """function(module, ...) becomes module.<name>; the official one stays at hand as module._lumos_<name>."""
+    def replace(self, module: nn.Module, name: str, function: Callable, shared: bool = True) -> None:
+        """function(module, ...) becomes module.<name>; the official one stays at hand as module._lumos_<name>.
+
+        shared: the module gets this patch too, which knows all others. peft copies lm_head, and must not copy them all.
+        """
         self.replaced.append((module, name, function, module.__dict__.get(name)))
-        module.__dict__.update({"_lumos": self, f"_lumos_{name}": getattr(module, name)})
+        module.__dict__.update({f"_lumos_{name}": getattr(module, name), **({"_lumos": self} if shared else {})})
         module.__dict__[name] = partial(function, module)  # a bound method would be pickled by a name that no class has
 
     def undo(self) -> None:
@@ -178,7 +184,17 @@ def _forward_mask(self: nn.Module, input_ids=None, labels=None, training: bool =
 
     first = cfg.vis_tok_start
     rows = (labels.flatten() >= first).nonzero().flatten()
-    nll, lse = self.lm_head(self.model(**call)[0], labels=labels.flatten(), rows=rows, first=first)
+    _, stats = class_loss(
+        tube_masked_loss,
+        self.lm_head,
+        cast_once(self.model(**call)[0]),
+        labels.flatten(),
+        classes=(first, self.config.vocab_size),
+        reduction="none",
+        rows=rows,
+        impl=choose_impl(options.impl, "tube_masked_loss"),
+    )
+    nll, lse = stats.nll[rows], stats.lse[rows]
     if cfg.train_loss == "Focal":  # upstream drops a slot whose probability is 0 in fp32: its logarithm is infinite
         nll = torch.where(torch.exp(-nll) > 0, (-torch.expm1(-nll)) ** FOCAL_GAMMA * nll, 0)
     extra = {}
@@ -222,21 +238,9 @@ def _computes_loss(self: nn.Module, cfg: Any, weight: object) -> bool:
     return computes
 
 
-def _lm_head(self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, rows: Tensor | None = None, first: int = 0):
-    """Logits; with labels int64 [T] the cross entropy and logsumexp, fp32 [N], of rows over the ids from first on."""
-    if labels is None:
-        return self._lumos_forward(hidden)
-    _, stats = tube_masked_loss(
-        cast_once(hidden.flatten(0, -2)),
-        self.weight,
-        labels,
-        classes=(first, self.weight.shape[0]),
-        reduction="none",
-        rows=rows,
-        return_stats=True,
-        impl=choose_impl(self._lumos.options.impl, "tube_masked_loss"),
-    )
-    return stats.nll[rows], stats.lse[rows]
+def _lm_head(self: nn.Linear, hidden: Tensor, use: Callable | None = None) -> Any:
+    """Logits, or what `use` makes of the hidden states and the weight (lumos/head.py)."""
+    return self._lumos_forward(hidden) if use is None else lend(self.weight, hidden, use)
 
 
 def _update_causal_mask(

@@ -33,6 +33,7 @@ from lumos.tokens import (
     number,
 )
 from lumos.video import SIZE_UNIT, read_image, read_video, to_float, to_uint8, write_image, write_video
+from lumos.wrappers import unwrap_lumos
 from lumos_kernels.frame_layout.frames import SPACE_STRIDE, TIME_STRIDE
 from lumos_kernels.token_ids import TEXT_START
 
@@ -143,15 +144,17 @@ def check_suffix(path: Path, decodes: bool) -> None:
 class Pipeline:
     """A model with its text tokenizer, its codec and the words around its prompts.
 
-    tokenizer: of the model's training data. codec: None leaves the codes as they are; DctCodec() for models trained on
-        what `lumos tokenize` wrote. template: with {prompt} and, if wanted, {width}, {height}, {pictures}, {fps}; or
-        "official" or "plain", which models trained on what `lumos tokenize` wrote know.
+    model: a Lumos, also inside peft, DDP or torch.compile. tokenizer: of its training data.
+    codec: None leaves the codes as they are; DctCodec() for models trained on what `lumos tokenize` wrote.
+    template: with {prompt} and, if wanted, {width}, {height}, {pictures}, {fps}; or "official" or "plain", which models
+        trained on what `lumos tokenize` wrote know.
     """
 
     def __init__(
         self, model: Lumos, tokenizer: Tokenizer, codec: VideoCodec | None, template: str = "official"
     ) -> None:
-        self.model, self.tokenizer, self.codec = model, tokenizer, codec
+        self.model = model = unwrap_lumos(model)
+        self.tokenizer, self.codec = tokenizer, codec
         self.template = read_template(template)
         sizes = model.config.visual_start, model.config.num_classes
         if codec is not None and sizes != (VISUAL_START, NUM_CODES):

@@ -6,9 +6,10 @@ Legend: L tokens of a prompt, S codes of a frame, R x C_ grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -66,21 +67,26 @@ class Sampling:
     def __post_init__(self) -> None:
         if not _is_integer(self.steps) or self.steps < 1:
             raise ValueError(f"steps must be an integer >= 1, got {self.steps!r}")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+        if self.guidance_scale is not None and not (
+            _is_number(self.guidance_scale) and 0 <= self.guidance_scale < math.inf
+        ):
             raise ValueError(f"guidance_scale must be None or a number >= 0, got {self.guidance_scale!r}")
-        if not 0 <= self.mask_history_ratio <= 1:
+        if not _is_number(self.mask_history_ratio) or not 0 <= self.mask_history_ratio <= 1:
             raise ValueError(f"mask_history_ratio must lie in [0, 1], got {self.mask_history_ratio!r}")
-        if not 0 <= self.temperature < math.inf:
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be a number >= 0, got {self.temperature!r}")
         if self.temperature_schedule not in TEMPERATURE_SCHEDULES:
             allowed = ", ".join(TEMPERATURE_SCHEDULES)
             raise ValueError(f"temperature_schedule must be one of {allowed}, got {self.temperature_schedule!r}")
-        if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
+        if self.confidence_threshold is not None and not (
+            _is_number(self.confidence_threshold) and 0 < self.confidence_threshold <= 1
+        ):
             raise ValueError(f"confidence_threshold must be None or lie in (0, 1], got {self.confidence_threshold!r}")
-        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+        interval = self.guidance_interval
+        if not _are_two(interval, _is_number) or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"guidance_interval must be (from, to) in [0, 1], got {self.guidance_interval!r}")
         if self.window is not None and (
-            len(self.window) != 2 or not all(_is_integer(n) and n >= 0 for n in self.window) or sum(self.window) < 1
+            not _are_two(self.window, _is_integer) or min(self.window) < 0 or sum(self.window) < 1
         ):
             raise ValueError(f"window must be (sink, recent) frames >= 0, at least one in all; got {self.window!r}")
         if self.kv_dtype not in (None, *KV_DTYPES):
@@ -355,6 +361,14 @@ def _one_each(name: str, values: list, size: int) -> list:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _are_two(values: object, kind: Callable[[object], bool]) -> bool:
+    return isinstance(values, (tuple, list)) and len(values) == 2 and all(map(kind, values))
 
 
 def _describe(value: object) -> str:

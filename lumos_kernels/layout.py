@@ -185,6 +185,11 @@ class FrameLayout:
         return FrameLayout(cu_seqlens, positions, content, frame_index, self.limits.to(device))
 
 
+# Wrappers (DDP, FSDP) and torch.export find tensors in pytree nodes only.
+torch.export.register_dataclass(RowLimits, serialized_type_name="lumos_kernels.RowLimits")
+torch.export.register_dataclass(FrameLayout, serialized_type_name="lumos_kernels.FrameLayout")
+
+
 def _skeleton(document: int, segment: Text | Frame) -> Tensor:
     """Return token ids with the segment's structure: zeros for text, mask ids for content."""
     if isinstance(segment, Text):

@@ -262,7 +262,7 @@ def _check_lora(config: TrainConfig) -> None:
     if unknown or not config.lora_targets:
         raise ValueError(
             f"lora_targets must be some of {', '.join(LORA_TARGETS)}, got {', '.join(config.lora_targets) or 'none'}; "
-            f"lm_head and the embedding are read by ops and take no adapter"
+            f"lm_head and the embedding take adapters from peft itself, outside of lumos train"
         )
     if config.lora_rank and config.init is None:
         raise ValueError("lora_rank needs init: adapters change a trained model")

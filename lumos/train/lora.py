@@ -1,6 +1,7 @@
 """LoRA (arXiv 2106.09685) through peft: small trained matrices beside frozen weights, merged for sampling.
 
-Only the linear layers can carry them: the loss reads lm_head's weight and sampling embeds tokens without a module call.
+A run adapts linear layers of the blocks. A model that peft itself has adapted may have adapters on lm_head and
+embed_tokens too (lumos/head.py).
 """
 
 from __future__ import annotations
