@@ -47,3 +47,12 @@ def attention_draws(
         permuted = [x.requires_grad_() for x in (q[..., of_qk], k[..., of_qk], v[..., of_v])]
         o, lse, dq, dk, dv = run(permuted, [grad_o[..., of_v], *rest])
         yield o[..., back_v], lse, dq[..., back_qk], dk[..., back_qk], dv[..., back_v]
+
+
+def channel_draws(*operands: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The operands [..., C] of a product as they are, and with their channels in DRAWS other orders."""
+    yield operands
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(DRAWS):
+        order, _ = _orders(operands[0].shape[-1], operands[0].device, generator)
+        yield tuple(x[..., order] for x in operands)

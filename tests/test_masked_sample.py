@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from eager_draws import channel_draws
 from torch.library import opcheck
 
 from lumos_kernels import dispatch, masked_sample
@@ -137,10 +138,14 @@ def test_greedy_takes_the_most_probable_class_and_gives_its_probability(impl, dt
 def assert_confidence(confidence, ids, cond, uncond, weight, guidance, temperature):
     """Confidence is the fp32 probability of the chosen class, as close to exact as what eager code makes of it."""
     assert confidence.dtype == torch.float32
-    exact = guided_logits(cond.double(), uncond.double(), weight.double(), guidance, temperature)
-    eager = guided_logits(cond, uncond, weight, guidance, temperature)
-    low, high = (logits.double().softmax(-1).gather(1, ids[:, None] - CLASSES[0])[:, 0] for logits in (eager, exact))
-    assert_close_to_reference(confidence, low, high, "confidence")
+
+    def probability(*operands):
+        logits = guided_logits(*operands, guidance, temperature)
+        return logits.double().softmax(-1).gather(1, ids[:, None] - CLASSES[0])[:, 0]
+
+    high = probability(cond.double(), uncond.double(), weight.double())
+    lows = [probability(*operands) for operands in channel_draws(cond, uncond, weight)]
+    assert_close_to_reference(confidence, lows, high, "confidence")
 
 
 @pytest.mark.parametrize(("impl", "dtype"), CASES)

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from eager_draws import channel_draws
 
 from lumos_kernels import library, masked_sample
 from lumos_kernels.masked_sample import native, ops, reference
@@ -85,10 +86,10 @@ def assert_same(actual, expected):
         assert_bitwise_equal(a, b, name)
 
 
-def check_confidence(ids, confidence, logits):
-    """Within twice the error of eager fp32 code on the same logits."""
-    low, high = (torch.exp(x - x.logsumexp(-1, keepdim=True)).gather(1, ids[:, None])[:, 0] for x in logits)
-    assert_close_to_reference(confidence, low, high, "confidence")
+def check_confidence(ids, confidence, exact, *eager):
+    """Within twice the error of eager fp32 code. exact: fp64 logits; eager: fp32 ones, from sums in several orders."""
+    high, *lows = (torch.exp(x - x.logsumexp(-1, keepdim=True)).gather(1, ids[:, None])[:, 0] for x in (exact, *eager))
+    assert_close_to_reference(confidence, lows, high, "confidence")
 
 
 # The row pass: logits given
@@ -100,10 +101,10 @@ def test_equal_logits_give_the_specifications_draw(isa, classes, scale):
     logits, row_keys = scale * torch.randn(60, classes), keys(60)
     ids, confidence = draw(logits, row_keys, isa)
     assert_bitwise_equal(ids, reference.draw(logits, row_keys)[0])
-    check_confidence(ids, confidence, (logits, logits.double()))
+    check_confidence(ids, confidence, logits.double(), logits)
     most, probability = draw(logits, None, isa)
     assert_bitwise_equal(most, reference.draw(logits, None)[0])
-    check_confidence(most, probability, (logits, logits.double()))
+    check_confidence(most, probability, logits.double(), logits)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-6, 1e-5, 1e-3])
@@ -204,7 +205,7 @@ def test_logits_far_apart(isa):
     for given in (keys(90), None):
         ids, confidence = draw(logits, given, isa)
         assert_bitwise_equal(ids, reference.draw(logits, given)[0])
-        check_confidence(ids, confidence, (logits, logits.double()))
+        check_confidence(ids, confidence, logits.double(), logits)
 
 
 def test_a_class_far_below_wins_where_the_specification_lets_it(isa):
@@ -252,7 +253,8 @@ def test_products_with_fp32_results(isa, dtype, shape):
     logits = out[:-32].view(rows, classes)
     torch.ops.lumos_native.packed_matmul_fp32(packed, weight, logits, isa)
     exact = x.double() @ weight.double().T
-    assert_close_to_reference(logits, x @ weight.float().T, exact, "logits")
+    eager = [a @ b.T for a, b in channel_draws(x, weight.float())]
+    assert_close_to_reference(logits, eager, exact, "logits")
     assert out[-32:].isnan().all()
 
 
@@ -325,11 +327,15 @@ def test_widths_and_classes_around_tiles(isa, dtype, width, classes):
     cond, uncond, weight, row_keys = problem(rows=14, width=width, classes=classes, dtype=dtype)
     weight = (weight / width**0.5).to(dtype)
     ids, confidence = sample((cond, uncond, weight, row_keys), 2.0, 0.8)
-    logits = []
-    for wide in (torch.float32, torch.float64):
-        c, u = (x.to(wide) @ weight[FIRST:-3].to(wide).T for x in (cond, uncond))
-        logits.append((u + 2.0 * (c - u)) / 0.8)
-    check_confidence(ids - FIRST, confidence, logits)
+
+    def logits(*operands):
+        c, u, w = operands
+        c, u = (x @ w[FIRST:-3].T for x in (c, u))
+        return (u + 2.0 * (c - u)) / 0.8
+
+    eager = [logits(*operands) for operands in channel_draws(cond.float(), uncond.float(), weight.float())]
+    exact = logits(cond.double(), uncond.double(), weight.double())
+    check_confidence(ids - FIRST, confidence, exact, *eager)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -58,10 +58,33 @@ def test_close_fails_when_the_eager_result_is_nan():
 
 @pytest.mark.parametrize("wrong", [0.0, torch.inf, torch.nan, -1e30])
 def test_close_wants_the_infinities_of_the_reference(wrong):
-    high = torch.tensor([1.0, -torch.inf], dtype=torch.float64)
+    high = torch.ones(40, dtype=torch.float64)
+    high[7] = -torch.inf
     assert_close_to_reference(high.float(), high.float(), high)
+    actual = high.float()
+    actual[7] = wrong
     with pytest.raises(AssertionError, match="infinities differ"):
-        assert_close_to_reference(torch.tensor([1.0, wrong]), high.float(), high)
+        assert_close_to_reference(actual, high.float(), high)
+
+
+def test_few_elements_need_many_eager_results_of_which_the_farthest_counts():
+    """A single eager result of few numbers may be exact by luck."""
+    high = torch.tensor([1.0, 0.0, 0.3], dtype=torch.float64)
+    lucky, farther = high.float(), (high + 1e-6).float()
+    with pytest.raises(ValueError, match=r"lse has fewer than 32 elements: .* at least 8 eager results .* got 1"):
+        assert_close_to_reference(lucky, lucky, high, "lse")
+    draws = [lucky] * 7 + [farther]
+    assert_close_to_reference((high + 1.9e-6).float(), draws, high)
+    with pytest.raises(AssertionError, match="out of tolerance"):
+        assert_close_to_reference((high + 2.4e-6).float(), draws, high)
+
+
+def test_few_eager_results_that_are_all_exact_still_allow_roundings():
+    high = torch.tensor([1.0], dtype=torch.float64)
+    eps = torch.finfo(torch.float32).eps
+    assert_close_to_reference((high + eps).float(), [high.float()] * 8, high)
+    with pytest.raises(AssertionError, match="out of tolerance"):
+        assert_close_to_reference((high + 2 * eps).float(), [high.float()] * 8, high)
 
 
 def test_close_fails_on_another_shape_even_one_that_broadcasts():

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from eager_draws import channel_draws
 from torch import Tensor
 
 from lumos_kernels import masked_sample
@@ -85,10 +86,12 @@ def assert_right(inputs, greedy=False, guidance=None, temperature=1.0, ties=0):
     assert torch.equal(ids[~near], scores.argmax(1)[~near] + FIRST)
     chosen = ids[:, None] - FIRST
     high = logits.softmax(-1).gather(1, chosen)[:, 0]
-    cond, uncond, weight, _ = (x.float() for x in inputs)
-    eager, uncond = (x @ weight[FIRST:-BEHIND].T for x in (cond, uncond))
-    eager = (eager if guidance is None else uncond + guidance * (eager - uncond)) / temperature
-    assert_close_to_reference(confidence, eager.softmax(-1).gather(1, chosen)[:, 0], high, "confidence")
+    lows = []
+    for cond, uncond, weight in channel_draws(*(x.float() for x in inputs[:3])):
+        eager, uncond = (x @ weight[FIRST:-BEHIND].T for x in (cond, uncond))
+        eager = (eager if guidance is None else uncond + guidance * (eager - uncond)) / temperature
+        lows.append(eager.softmax(-1).gather(1, chosen)[:, 0])
+    assert_close_to_reference(confidence, lows, high, "confidence")
     return ids, confidence
 
 
