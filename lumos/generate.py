@@ -9,20 +9,23 @@ Legend: T tokens of a pass, N undecided slots, S codes of a frame, R x C_ grid.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lumos.frame_state import FrameState, not_finite
 from lumos.head import sampling_weight
 from lumos.kv_cache import CompactCache, FrameCache, StaticCache
 from lumos.model import Lumos
-from lumos.sampling import GeneratedFrame, Prompt, Sampling, mask_counts, read_prompts
+from lumos.sampling import GeneratedFrame, Prompt, Sampling, read_prompts
 from lumos.stream import Stream, choose_impl
 from lumos.tokens import VIDEO_END
 from lumos.wrappers import unwrap_lumos
 from lumos_kernels import masked_sample
+from lumos_kernels.errors import NotFiniteError
 from lumos_kernels.layout import RowLimits
 from lumos_kernels.masked_sample.philox import exponentials
 from lumos_kernels.token_ids import MASK
@@ -60,7 +63,8 @@ def generate_tokens(
             temperature_schedule, greedy, and those that are faster than exact.
 
     Raises ValueError naming the argument, its value and what is allowed, a document longer than
-    max_position_embeddings included.
+    max_position_embeddings included. Raises NotFiniteError, a ValueError, where the logits of a frame hold NaN or an
+    infinity; it names document, frame and step, and the first weight that is not finite.
 
     Source: official generate_maskedAR_mmrope_v8_newcache; equal to it token for token on tests/golden (greedy, fp32).
     """
@@ -200,7 +204,7 @@ class _Group:
                 self.lanes.append(_Lane(document, start, self.tokens, sampling, self.device))
                 self.tokens += self.lanes[-1].capacity
         self.cache = self._allocate(self.tokens)
-        self.state = {document: _FrameState(document, sampling, self.device) for document in documents}
+        self.state = {document: FrameState(document, sampling, self.device) for document in documents}
 
     def _allocate(self, tokens: int) -> FrameCache:
         storage, home = self.sampling.kv_dtype, self.sampling.kv_device
@@ -238,6 +242,7 @@ class _Group:
             if active != decoder.documents:
                 decoder = _Decoder(self, active)
             decoder.decide(round_, temperatures, bar)
+            decoder.check(round_)
             if any(round_ + 1 < _to_make(document) for document in active):
                 decoder.remember()
             for document in active:
@@ -246,45 +251,6 @@ class _Group:
 
 def _to_make(document: Prompt) -> int:
     return document.frames - document.given
-
-
-class _FrameState:
-    """The frame a document is at, in tensors that every frame reuses.
-
-    ids: int64 [length], undecided slots hold the mask id once a step has begun.
-    left: how many slots are undecided before each step, by the schedule.
-    undecided: for each step int64 [N], the places of the undecided slots in the frame, ascending.
-    counter: int64 [], the random counter of the step's slot 0. temperature: fp32 [], of the confidence noise.
-    """
-
-    def __init__(self, document: Prompt, sampling: Sampling, device: torch.device) -> None:
-        self.document = document
-        self.ids = document.skeleton.to(device)
-        self.codes = document.code_places.to(device)
-        self.forgotten = document.forgotten(sampling).to(device)
-        self.left = [len(self.codes), *mask_counts(sampling.steps, len(self.codes))[:-1]]
-        self.undecided = [torch.zeros(n, dtype=torch.int64, device=device) for n in self.left]
-        self.seed = torch.full((), document.seed, dtype=torch.int64, device=device)
-        self.counter = torch.zeros((), dtype=torch.int64, device=device)
-        self.temperature = torch.zeros((), device=device)
-        self.steps_taken = 0
-
-    def begin(self) -> None:
-        self.undecided[0].copy_(self.codes)
-        self.steps_taken = 0
-
-    def row_keys(self, places: Tensor) -> Tensor:
-        """int64 [N, 2]: the random key of each undecided slot at this step."""
-        return torch.stack([self.seed.expand(len(places)), self.counter + places], -1)
-
-    def remembered(self) -> Tensor:
-        """The ids whose keys and values stay: evenly spaced content slots are masked again."""
-        return self.ids.index_fill(0, self.forgotten, MASK)
-
-    def result(self, frame: int, visual_start: int) -> GeneratedFrame:
-        document = self.document
-        codes = (self.ids[self.codes] - visual_start).view(document.rows, document.cols).cpu()
-        return GeneratedFrame(document.number, frame, codes, self.steps_taken)
 
 
 class _Decoder:
@@ -320,8 +286,26 @@ class _Decoder:
             if sampling.cuda_graphs:
                 self._replay(step)
             else:
-                self._step(step)
+                try:
+                    self._step(step)
+                except NotFiniteError as error:  # the op's own, on the CPU
+                    raise self._not_finite(self._owner(error.row, step), round_, step) from error
             bar.update(len(self.documents))
+
+    def _owner(self, row: int, step: int) -> FrameState:
+        """The document that one of the step's undecided rows belongs to."""
+        ends = itertools.accumulate(len(state.undecided[step]) for state in self.state)
+        return next(state for state, end in zip(self.state, ends, strict=True) if row < end)
+
+    def check(self, round_: int) -> None:
+        """Raise NotFiniteError where a step of the frame had NaN for a confidence. Reads the device once a frame."""
+        failed = torch.stack([state.failed for state in self.state]).tolist()
+        for state, step in zip(self.state, failed, strict=True):
+            if step < self.sampling.steps:
+                raise self._not_finite(state, round_, step)
+
+    def _not_finite(self, state: FrameState, round_: int, step: int) -> NotFiniteError:
+        return not_finite(self.model, state.document.number, state.document.given + round_, step)
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -362,11 +346,11 @@ class _Decoder:
         )
         sizes = [len(state.undecided[step]) for state in states]
         for state, new, sure in zip(states, ids.split(sizes), confidence.split(sizes), strict=True):
-            state.ids.index_copy_(0, state.undecided[step], new + self.group.first if self.group.first else new)
+            state.put(step, new + self.group.first if self.group.first else new, sure)
             if step + 1 < sampling.steps:
                 self._keep_least_confident(state, step, sure)
 
-    def _keep_least_confident(self, state: _FrameState, step: int, confidence: Tensor) -> None:
+    def _keep_least_confident(self, state: FrameState, step: int, confidence: Tensor) -> None:
         """Chooses the slots that stay undecided after this step; ties go to the lower slot."""
         places = state.undecided[step]
         score = confidence.clamp_min(SMALLEST_CONFIDENCE).log()

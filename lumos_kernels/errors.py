@@ -15,7 +15,11 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 class NotFiniteError(ValueError):
-    """A computation met NaN or infinity where it has no result."""
+    """A computation met NaN or infinity where it has no result. row: the first row concerned."""
+
+    def __init__(self, message: str, row: int = 0) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -335,7 +335,7 @@ def test_lm_head_sees_undecided_slots_and_the_class_slice_only(monkeypatch):
 
 def test_forgotten_slots_do_not_matter_to_later_frames():
     """Their tokens are masked before their keys and values are kept; the others' are not."""
-    state = generate_module._FrameState
+    state = generate_module.FrameState
     original, model = state.remembered, small_model()
     document = {"grid": (4, 4), "frames": 3, "steps": 3, "guidance_scale": 2.0, "seed": 3}
 

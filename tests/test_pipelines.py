@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 
@@ -280,6 +281,19 @@ def test_command_makes_a_video_and_an_image(checkpoint, tmp_path, capsys):
     continued = ["--video", str(movie), "--out", str(tmp_path / "c.mp4"), "--codec", "dct", "--fps", "4", *COMMON]
     assert main(["generate", str(checkpoint), "--prompt", "a", *continued]) == 0
     assert str(movie) in capsys.readouterr().out
+
+
+def test_command_refuses_a_model_with_nan_and_writes_nothing(model, tmp_path, capsys):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight[-5, 0] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    movie = tmp_path / "a.mp4"
+    call = ["generate", str(tmp_path / "broken"), "--prompt", "a", "--out", str(movie), "--codec", "dct", *COMMON]
+    assert main(call) == 2
+    assert "frame 0, step 0: " in (err := capsys.readouterr().err)
+    assert "lm_head.weight holds nan" in err
+    assert not movie.exists()
 
 
 def test_command_makes_one_picture_for_an_image(monkeypatch, checkpoint, tmp_path):

@@ -49,5 +49,6 @@ def _refuse_nan(confidence: Tensor, inputs: Inputs) -> None:
     cause = f"{' and '.join(culprits)} must be finite" if culprits else "finite inputs gave logits that overflow"
     raise NotFiniteError(
         f"masked_sample: {len(rows)} of {len(confidence)} rows have logits without a distribution (NaN or infinity), "
-        f"row {first} first: {cause}"
+        f"row {first} first: {cause}",
+        first,
     )
