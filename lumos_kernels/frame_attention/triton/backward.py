@@ -28,19 +28,19 @@ class _Operands(NamedTuple):
     v: Tensor
     grad_o: Tensor
     statistics: Tensor  # fp32 [2, H, padded], by _delta_kernel
-    whole: Tensor  # int32 [2, tiles of queries], by _delta_kernel
+    row_limits: Tensor  # int32, by _delta_kernel
     limits: RowLimits
     scale: float
 
 
 def _statistics(inputs: Inputs, outputs: Outputs, grad: OutputGradients, block_m: int) -> tuple[Tensor, Tensor]:
-    """Return fp32 [2, H, padded] and int32 [2, tiles], see _delta_kernel. One launch; every element is written."""
+    """Return the statistics and limits that _delta_kernel writes. One launch; every element is written."""
     o, lse = outputs
     limits = inputs.limits
     queries, heads, head_dim = o.shape
     padded = triton.cdiv(queries, MAX_BLOCK) * MAX_BLOCK
     result = torch.empty((2, heads, padded), dtype=torch.float32, device=o.device)
-    whole = torch.empty((2, padded // block_m), dtype=torch.int32, device=o.device)
+    row_limits = torch.empty(2 * (padded + padded // block_m), dtype=torch.int32, device=o.device)
     read_or_written = grad.o, o, lse, result, *(() if grad.lse is None else (grad.lse,))
     _delta_kernel[(padded // MAX_BLOCK, heads)](
         grad.o,
@@ -48,7 +48,7 @@ def _statistics(inputs: Inputs, outputs: Outputs, grad: OutputGradients, block_m
         lse,
         grad.lse,
         result,
-        whole,
+        row_limits,
         limits.kv_start.contiguous(),
         limits.kv_end.contiguous(),
         grad.o.stride()[:2],
@@ -66,7 +66,7 @@ def _statistics(inputs: Inputs, outputs: Outputs, grad: OutputGradients, block_m
         num_warps=8,
         enable_fp_fusion=True,
     )
-    return result, whole
+    return result, row_limits
 
 
 def backward(inputs: Inputs, outputs: Outputs, grad: OutputGradients, *, deterministic: bool) -> Gradients:
@@ -132,15 +132,15 @@ def _new_gradients(inputs: Inputs) -> Gradients:
 def _operands(inputs: Inputs, outputs: Outputs, grad: OutputGradients, block_m: int, descriptors: bool) -> _Operands:
     """Return what the kernels read. block_m: the queries of a tile of the kernel that writes dk and dv."""
     q, k, v, limits, scale = inputs
-    (statistics, whole), grad_o = _statistics(inputs, outputs, grad, block_m), grad.o
+    (statistics, row_limits), grad_o = _statistics(inputs, outputs, grad, block_m), grad.o
     if descriptors:
         q, k, v, grad_o = map(describable, (q, k, v, grad_o))
-    return _Operands(q, k, v, grad_o, statistics, whole, limits, scale)
+    return _Operands(q, k, v, grad_o, statistics, row_limits, limits, scale)
 
 
 def _key_pass(config: Config, operands: _Operands, result: Gradients, dq_sum: Tensor | None) -> None:
     """Write dk and dv, and add to dq_sum where it is given."""
-    q, k, v, grad_o, statistics, whole, limits, scale = operands
+    q, k, v, grad_o, statistics, row_limits, limits, scale = operands
     keys, kv_heads, head_dim = k.shape
     heads = q.shape[1]
     m, n = config.block_m, config.block_n
@@ -156,9 +156,7 @@ def _key_pass(config: Config, operands: _Operands, result: Gradients, dq_sum: Te
     _key_kernel[(triton.cdiv(keys, n) * kv_heads,)](
         *views,
         statistics,
-        whole,
-        limits.kv_start.contiguous(),
-        limits.kv_end.contiguous(),
+        row_limits,
         limits.q_start.contiguous(),
         limits.q_end.contiguous(),
         *strides,

@@ -36,7 +36,7 @@ def _delta_kernel(
     lse_ptr: kt.Pointer,
     grad_lse_ptr: kt.Pointer,
     statistics_ptr: kt.Pointer,
-    whole_ptr: kt.Pointer,
+    limits_ptr: kt.Pointer,
     kv_start_ptr: kt.Pointer,
     kv_end_ptr: kt.Pointer,
     grad_o_strides: kt.Scalar,
@@ -53,9 +53,10 @@ def _delta_kernel(
     BLOCK_M: tl.constexpr,
     INT64: tl.constexpr,
 ) -> None:
-    """Write the statistics fp32 [2, H, padded], lse in base 2, then delta, and the whole ranges int32 [2, tiles].
+    """Write the statistics fp32 [2, H, padded], lse in base 2, then delta, and the limits for _key_kernel.
 
-    tiles counts tiles of BLOCK_M queries. Every query of a tile sees every key of the tile's whole range.
+    These are one array of int32: for each tile of BLOCK_M queries the range of keys that all of them see, [2, tiles],
+    then the clamped limits of each query, [2, padded].
 
     The loops load the statistics without a mask. So a row without keys and the rows past the last one get lse = +inf
     and delta = 0: p = exp2(s - inf) is 0 even before it is masked.
@@ -82,8 +83,11 @@ def _delta_kernel(
             i = first + tile * BLOCK_M
             start, end = row_limits(kv_start_ptr, kv_end_ptr, i, queries, keys, BLOCK_M)
             whole_low, whole_high = whole_range(start, end, i, queries, keys, BLOCK_M)
-            tl.store(whole_ptr + i // BLOCK_M, whole_low)
-            tl.store(whole_ptr + (padded + i) // BLOCK_M, whole_high)
+            tl.store(limits_ptr + i // BLOCK_M, whole_low)
+            tl.store(limits_ptr + (padded + i) // BLOCK_M, whole_high)
+            of_rows = limits_ptr + 2 * padded // BLOCK_M + i + tl.arange(0, BLOCK_M)
+            tl.store(of_rows, start)
+            tl.store(of_rows + padded, end)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "padded", "per_section"])
@@ -96,9 +100,7 @@ def _key_kernel(
     dv: kt.Descriptor,
     dq: kt.Descriptor,
     statistics_ptr: kt.Pointer,
-    whole_ptr: kt.Pointer,
-    kv_start_ptr: kt.Pointer,
-    kv_end_ptr: kt.Pointer,
+    limits_ptr: kt.Pointer,
     q_start_ptr: kt.Pointer,
     q_end_ptr: kt.Pointer,
     q_strides: kt.Scalar,
@@ -129,7 +131,7 @@ def _key_kernel(
 
     Everything is transposed, keys x queries: p and ds come out of their matmuls as the left operands of dv and dk, and
     go into them from registers. q_start and q_end only bound the loop. What is masked follows from the limits of each
-    query, and whole_ptr says for which tiles of queries nothing is.
+    query, which _delta_kernel wrote.
     """
     tile, kv_head = work_item(tl.program_id(0), tl.cdiv(keys, BLOCK_N), kv_heads, per_section)
     first = tile * BLOCK_N  # heaviest first: the first keys of a video are seen by the most queries
@@ -143,7 +145,8 @@ def _key_kernel(
         lse_ptr = statistics_ptr + head_offset(head, padded, INT64)
         delta_ptr = lse_ptr + head_offset(kv_heads * group, padded, INT64)
         for i in tl.range(low, high, BLOCK_M):
-            whole_low, whole_high = tl.load(whole_ptr + i // BLOCK_M), tl.load(whole_ptr + (padded + i) // BLOCK_M)
+            whole_low = tl.load(limits_ptr + i // BLOCK_M)
+            whole_high = tl.load(limits_ptr + (padded + i) // BLOCK_M)
             q_tile = load_tile(q, q_strides, i, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
             do = load_tile(grad_o, grad_o_strides, i, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
             row = i + tl.arange(0, BLOCK_M)
@@ -158,7 +161,8 @@ def _key_kernel(
             # rows is always masked: no whole range goes beyond the last key.
             if (first < whole_low) | (first + BLOCK_N > whole_high):
                 # Loaded here and not before the matmuls, because registers are scarce.
-                start, end = row_limits(kv_start_ptr, kv_end_ptr, i, queries, keys, BLOCK_M)
+                of_rows = limits_ptr + 2 * padded // BLOCK_M + row
+                start, end = tl.load(of_rows), tl.load(of_rows + padded)
                 key = (first + tl.arange(0, BLOCK_N))[:, None]
                 p = tl.where((key >= start[None, :]) & (key < end[None, :]), p, 0.0)
             dv_sum = tl.dot(p.to(do.dtype), do, dv_sum, input_precision=PRECISION)
