@@ -70,9 +70,18 @@ def test_limits_outside_of_the_keys_mean_the_nearest_ones(fused, device, guarded
         q_start = torch.where(inside.q_start == 0, -(2**31), inside.q_start.long()).int()
         right = RowLimits(limits.kv_start, limits.kv_end, q_start, inside.q_end)
         actual = run(leaves, right, upstream)
-        with guarded_allocations:
+        with guarded_allocations():
             o, lse, *gradients = run(leaves, limits, upstream)
     if not fused:
         assert_same_bits(actual, expected)
     assert_same_bits([o, lse], expected[:2])
     assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("head_dim", [20, 80])
+@BOTH
+def test_other_head_sizes_are_padded(head_dim, fused, device):
+    limits = anything(100, 90)
+    leaves = on(device, leaves_of(limits, (4, 2), head_dim, torch.float16))
+    with as_on(fused=fused):
+        check(leaves, limits, upstream_of(leaves, lse=True))

@@ -40,7 +40,7 @@ def _statistics(inputs: Inputs, outputs: Outputs, grad: OutputGradients, block_m
     queries, heads, head_dim = o.shape
     padded = triton.cdiv(queries, MAX_BLOCK) * MAX_BLOCK
     result = torch.empty((2, heads, padded), dtype=torch.float32, device=o.device)
-    row_limits = torch.empty(2 * (padded + padded // block_m), dtype=torch.int32, device=o.device)
+    row_limits = torch.empty((2 * (padded + padded // block_m),), dtype=torch.int32, device=o.device)
     read_or_written = grad.o, o, lse, result, *(() if grad.lse is None else (grad.lse,))
     _delta_kernel[(padded // MAX_BLOCK, heads)](
         grad.o,
