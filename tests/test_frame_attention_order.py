@@ -12,7 +12,13 @@ from eager_draws import attention_draws
 from row_orders import NAMES, ORDERS, anything, dense, leaves_of, outside, shuffled_windows, spread, with_gradients
 
 from lumos_kernels import RowLimits, frame_attention, library
-from lumos_kernels.testing import assert_bitwise_equal, assert_close_to_reference, farthest, poisoned_allocations
+from lumos_kernels.testing import (
+    assert_bitwise_equal,
+    assert_close_to_reference,
+    eager_attention,
+    farthest,
+    poisoned_allocations,
+)
 
 NATIVE = () if library.refusal() else (*library.isas(), *library.models())
 IMPLS = ("reference", *(f"native {isa}" for isa in NATIVE))
@@ -211,3 +217,11 @@ def test_wrong_bounds_of_the_queries_change_no_native_result(order):
         strict=True,
     ):
         assert_bitwise_equal(a, b, name)
+
+
+def test_the_eager_rival_takes_rows_without_keys_and_any_order():
+    limits = anything(60, 80)
+    leaves = [x.double() for x in leaves_of(limits)]
+    o = eager_attention(*leaves, limits)
+    torch.testing.assert_close(o, dense(*leaves, limits)[0])
+    assert not o[limits.kv_start >= limits.kv_end].any()

@@ -54,7 +54,7 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[int, Config]] = {
     },
     ("forward", "sm_90"): {
         32: _config(128, 128, 4, 2, True),
-        # 188 registers: two programs on an SM, each of which has its exponentials (544 clocks of MUFU a tile) run under
+        # 193 registers: two programs on an SM, each of which has its exponentials (544 clocks of MUFU a tile) run under
         # the other's matmuls (512). 128 keys and 4 warps need more than 255 registers, so ptxas waits after each wgmma.
         # 64 queries would read 64 bytes of K and V for each clock of matmuls, more than L2 gives; 8 warps at 128 x 128
         # are one program on an SM, in lock step.
@@ -80,7 +80,7 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[int, Config]] = {
         # Left operands stay in registers here. 32 x 64 and 64 x 64 with 4 warps and 32 x 128 with 8, in two stages,
         # spill or serialise wgmma.
         96: _config(64, 64, 8, 2, True),
-        # Two programs on an SM (253 registers, 64 KB), each of which waits for its tiles while the other computes. With
+        # Two programs on an SM (255 registers, 64 KB), each of which waits for its tiles while the other computes. With
         # two stages triton 3.6.0 spills 30. 8 warps exchange p and ds through shared memory, and their 64 x 32 matmuls
         # read both operands from there: 1,664 clocks of it for 1,024 of matmuls, where this one takes 1,024.
         128: _config(64, 64, 4, 1, True),
