@@ -174,11 +174,16 @@ def test_limits_outside_of_the_keys_mean_the_nearest_ones(impl, dtype):
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 6), (3, 0), (3, 6)])
-@pytest.mark.parametrize("values", [(5, 10**6), (-(10**6), -5), (-(2**31), 2**31 - 1), (2**31 - 1, -(2**31))])
+@pytest.mark.parametrize("values", [(5, 10**6), (-5, 3), (-(10**6), -5), (-(2**31), 2**31 - 1), (2**31 - 1, -(2**31))])
 def test_limits_outside_of_few_keys_or_none(impl, queries, keys, values):
     limits = RowLimits(*(torch.full((n,), value, dtype=torch.int32) for n in (queries, keys) for value in values))
+    start, end = (x.clamp(0, keys) for x in (limits.kv_start, limits.kv_end))
+    inside = RowLimits.from_kv(start, torch.maximum(start, end), keys)
     leaves = leaves_of(limits)
-    o, lse, dq, dk, dv = with_gradients(attend, leaves, limits, upstream_of(leaves), impl=impl)
+    upstream = upstream_of(leaves)
+    o, lse, dq, dk, dv = actual = with_gradients(attend, leaves, limits, upstream, impl=impl)
+    for name, a, b in zip(NAMES, actual, with_gradients(attend, leaves, inside, upstream, impl=impl), strict=True):
+        assert_bitwise_equal(a, b, name)
     sees = bool(limits.dense_mask().any())  # all rows are the same
     assert bool(lse.isfinite().all()) == (sees or not queries)
     assert bool(o.any()) == bool(dv.any()) == (limits.visible_pairs() > 0) == sees
