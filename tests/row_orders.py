@@ -27,10 +27,10 @@ def shuffled_documents(seed: int = 0) -> RowLimits:
     return RowLimits.from_kv(block * 70, (block + 1) * 70, 420)
 
 
-def falling() -> RowLimits:
+def falling(tokens: int = 300) -> RowLimits:
     """Text backwards: each row sees one key less than the row before. The first row sees all keys."""
-    end = torch.arange(300, 0, -1)
-    return RowLimits.from_kv(torch.zeros_like(end), end, 300)
+    end = torch.arange(tokens, 0, -1)
+    return RowLimits.from_kv(torch.zeros_like(end), end, tokens)
 
 
 def anything(queries: int = 300, keys: int = 420, seed: int = 0) -> RowLimits:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from frame_attention_cases import FP32, as_on, assert_same_bits, check, run, upstream_of
-from row_orders import ORDERS, anything, leaves_of, outside, shuffled_windows, spread
+from row_orders import anything, falling, leaves_of, outside, shuffled_windows, spread
 
 from lumos_kernels import RowLimits
+from lumos_kernels.testing import assert_bitwise_equal
+
+# Small ones, because the interpreter is slow.
+ORDERS = {
+    "shuffled windows": shuffled_windows(200, 60),
+    "anything": anything(150, 200),
+    "spread": spread(),
+    "falling": falling(150),
+}
 
 BOTH = pytest.mark.parametrize("fused", [False, True], ids=["deterministic", "fused"])
 
@@ -16,10 +25,10 @@ def on(device, leaves):
     return [leaf.to(device) for leaf in leaves]
 
 
-@pytest.mark.parametrize("order", ["shuffled windows", "anything", "spread"])
+@pytest.mark.parametrize("order", ORDERS)
 @BOTH
 def test_rows_may_come_in_any_order(order, fused, device):
-    limits = ORDERS[order]()
+    limits = ORDERS[order]
     leaves = on(device, leaves_of(limits, (2, 1), 64, FP32))
     with as_on(fused=fused):
         check(leaves, limits, upstream_of(leaves, lse=True))
@@ -28,17 +37,17 @@ def test_rows_may_come_in_any_order(order, fused, device):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 @BOTH
 def test_rows_in_any_order_in_every_configuration(arch, fused, device):
-    limits = anything(150, 200)
+    limits = anything(90, 100)
     leaves = on(device, leaves_of(limits, (2, 1), 64, torch.float16))
     with as_on(arch, fused=fused):
         check(leaves, limits, upstream_of(leaves, lse=True))
 
 
-@pytest.mark.parametrize("order", [shuffled_windows, spread])
+@pytest.mark.parametrize("order", ["shuffled windows", "spread"])
 @BOTH
 def test_what_a_row_does_not_see_changes_no_bit(order, fused, device):
     """Large finite values in every key that none of some rows sees, and in every other row."""
-    limits = order()
+    limits = ORDERS[order]
     kept = (torch.rand(limits.num_queries) < 0.05).to(device)
     watched = limits.dense_mask().to(device)[kept].any(0)
     leaves = on(device, leaves_of(limits, (2, 1), dtype=torch.float16))
@@ -74,7 +83,8 @@ def test_limits_outside_of_the_keys_mean_the_nearest_ones(fused, device, guarded
             o, lse, *gradients = run(leaves, limits, upstream)
     if not fused:
         assert_same_bits(actual, expected)
-    assert_same_bits([o, lse], expected[:2])
+    assert_bitwise_equal(o, expected[0], "o")
+    assert_bitwise_equal(lse, expected[1], "lse")
     assert all(x.isfinite().all() for x in gradients)
 
 
