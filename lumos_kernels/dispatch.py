@@ -170,7 +170,8 @@ def _choose(name: str, impl: str, override: str | None, problem: Problem, checke
             module = importlib.import_module(f"{op.package}.{candidate}")
             if undecided:
                 raise _UndecidedError(module)
-            _log_choice(name, candidate, problem.device, "; ".join(refused))
+            too_odd = candidate == "reference" and _head_dim_refused(op, problem)
+            _log_choice(name, candidate, problem.device, "; ".join(refused), problem.head_dim if too_odd else None)
             return module
         refused.append(f"{candidate}: {reason}")
     raise ValueError(f"{name}: no implementation runs {problem}: {'; '.join(refused)}")
@@ -189,9 +190,20 @@ def self_checks() -> bool:
     return value != "0"
 
 
+def _head_dim_refused(op: Op[Any], problem: Problem) -> bool:
+    """Return whether a kernel would run the problem if only its head size were another."""
+    usual = problem._replace(head_dim=None)
+    kernels = (name for name in op.implementations if name != "reference" and name not in op.on_request)
+    return problem.head_dim is not None and any(op.refusal(name, usual) is None for name in kernels)
+
+
 @functools.cache
-def _log_choice(name: str, chosen: str, device: str, refused: str) -> None:
-    logger.info("%s on %s uses %s%s", name, device, chosen, f" ({refused})" if refused else "")
+def _log_choice(name: str, chosen: str, device: str, refused: str, slow_head_dim: int | None) -> None:
+    why = f" ({refused})" if refused else ""
+    if slow_head_dim is None:
+        logger.info("%s on %s uses %s%s", name, device, chosen, why)
+    else:
+        logger.warning("%s on %s uses the slow %s at head size %s%s", name, device, chosen, slow_head_dim, why)
 
 
 def _override(name: str) -> str | None:

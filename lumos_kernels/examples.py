@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import limits
 from .dispatch import Op
+from .layout import RowLimits
 from .limits import Limits
 
 DETERMINISTIC = "deterministic"  # the kind of backward that gives the same bits every time
@@ -149,13 +150,7 @@ class Draw:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    # RowLimits, whose own `to` returns before its copies have arrived on the CPU.
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {part.name: _moved(getattr(value, part.name), device) for part in dataclasses.fields(value)}
-        return dataclasses.replace(value, **parts)
-    return value
+    return value.to(device) if isinstance(value, Tensor | RowLimits) else value
 
 
 def spoiled(x: Tensor, rows: slice | Tensor) -> Tensor:

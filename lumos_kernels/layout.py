@@ -14,6 +14,7 @@ from torch import Tensor
 from . import errors
 from .frame_layout.api import frame_layout
 from .frame_layout.frames import frame_length, frame_skeleton
+from .tensors import INT32_MAX, host_may_read
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,16 @@ class Frame:
 class RowLimits:
     """The keys that each query sees, as one range of keys a query instead of a mask. from_kv builds it.
 
-    Query i sees the keys kv_start[i] <= j < kv_end[i]. The backward pass needs the same relation from the other side:
-    key j is seen by the queries q_start[j] <= i < q_end[j]. A query without keys has kv_start[i] == kv_end[i], and a
-    key that no query sees has q_start[j] == q_end[j].
+    Query i sees the keys kv_start[i] <= j < kv_end[i]. A query with kv_start[i] >= kv_end[i] sees nothing. The rows may
+    come in any order: order only makes attention fast, because a tile of queries walks over all keys between its lowest
+    kv_start and its highest kv_end.
 
-    kv_start and kv_end are non-decreasing in i, queries without keys included. That makes the queries of a key one
-    range too, and kernels take the bounds of a tile of queries from its first and last row.
+    The backward pass needs bounds from the other side: every query that sees key j lies in q_start[j] <= i < q_end[j],
+    and q_start[j] == q_end[j] for a key that no query sees. Where kv_start and kv_end never fall, the queries between
+    the bounds are exactly those that see the key.
+
+    frame_attention reads limits outside 0..Tk as the nearest of 0 and Tk (q_start and q_end: 0 and Tq), so no limits
+    make it read or write outside its tensors.
 
     kv_start, kv_end: int32 [Tq]. q_start, q_end: int32 [Tk].
     """
@@ -56,16 +61,18 @@ class RowLimits:
     q_end: Tensor
 
     @classmethod
-    def from_kv(cls, kv_start: Tensor, kv_end: Tensor, num_keys: int, check: bool = False) -> RowLimits:
-        """Build both views from the view of the queries.
+    def from_kv(cls, kv_start: Tensor, kv_end: Tensor, num_keys: int, check: bool | None = None) -> RowLimits:
+        """Build both views from the view of the queries, which may come in any order.
 
-        kv_start, kv_end: integer [Tq], non-decreasing, 0 <= kv_start <= kv_end <= num_keys.
-        check: raise ValueError where that does not hold. This reads the tensors, a host sync on GPUs.
+        kv_start, kv_end: integer [Tq], 0 <= kv_start <= kv_end <= num_keys. The results are new tensors.
+        check: raise ValueError where a value is outside. None checks tensors on the CPU, outside torch.compile. True
+            checks tensors on any device, which is a host sync on GPUs. Unchecked values are clamped to 0..num_keys.
         """
-        if check:
+        _require_limits(kv_start, kv_end, num_keys)
+        if host_may_read(kv_start, kv_end) if check is None else check:
             _check_limits(kv_start, kv_end, num_keys)
-        kv_start, kv_end = kv_start.to(torch.int32).contiguous(), kv_end.to(torch.int32).contiguous()
-        return cls(kv_start, kv_end, _queries_before(kv_end, num_keys), _queries_before(kv_start, num_keys))
+        kv_start, kv_end = (limit.clamp(0, num_keys).to(torch.int32).contiguous() for limit in (kv_start, kv_end))
+        return cls(kv_start, kv_end, *_query_bounds(kv_start, kv_end, num_keys))
 
     @property
     def num_queries(self) -> int:
@@ -87,11 +94,12 @@ class RowLimits:
 
         Reads the tensors: a host sync on GPUs.
         """
-        return int((self.kv_end.long() - self.kv_start.long()).sum())
+        start, end = (limit.clamp(0, self.num_keys) for limit in (self.kv_start, self.kv_end))
+        return int((end - start).clamp_min(0).sum())
 
     def to(self, device: torch.device | str) -> RowLimits:
         """Return the limits on another device."""
-        return RowLimits(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return RowLimits(*(_moved(getattr(self, f.name), device) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -116,13 +124,17 @@ class FrameLayout:
     limits: RowLimits
 
     @classmethod
-    def from_tokens(cls, input_ids: Tensor, cu_seqlens: Tensor | None = None, check: bool = False) -> FrameLayout:
+    def from_tokens(cls, input_ids: Tensor, cu_seqlens: Tensor | None = None, check: bool | None = None) -> FrameLayout:
         """Read the layout off token ids, masked (id 9003) or not, without a host sync.
 
         input_ids: int32 or int64, [B, L] with one document a row, padded at the end, or [T] with packed documents.
-        cu_seqlens: int32 or int64 [B + 1] on the same device, with [T] only.
-        check: validate the documents first, which reads the tensors. The ValueError names the document, the frame and
-            the defect: a header without a size, a truncated frame, content that does not match its size.
+        cu_seqlens: int32 or int64 [B + 1] on the same device, with [T] only. It rises from 0 to T.
+        check: None checks a cu_seqlens on the CPU, outside torch.compile. True also validates the documents, on any
+            device, which reads the tensors. False checks nothing, and a bad cu_seqlens is read as frame_layout says.
+
+        Raises ValueError where cu_seqlens does not rise from 0 to T, and where a checked document is malformed. The
+        message then names the document, the frame and the defect: a header without a size, a truncated frame, content
+        that does not match its size.
         """
         if input_ids.dim() not in (1, 2) or input_ids.dtype not in errors.INTEGERS:
             raise ValueError(
@@ -133,6 +145,7 @@ class FrameLayout:
         if cu_seqlens is None:
             rows, length = input_ids.shape
             cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=input_ids.device) * length
+            check = bool(check)  # these bounds are right
         return cls._read(input_ids.reshape(-1), cu_seqlens, check)
 
     @classmethod
@@ -149,13 +162,13 @@ class FrameLayout:
             pieces += runs
             lengths.append(sum(len(run) for run in runs))
         ids = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device="cpu")
-        return cls._read(ids, torch.tensor(lengths, device="cpu").cumsum(0).to(torch.int32))
+        return cls._read(ids, torch.tensor(lengths, device="cpu").cumsum(0).to(torch.int32), check=False)
 
     @classmethod
-    def _read(cls, ids: Tensor, cu_seqlens: Tensor, check: bool = False) -> FrameLayout:
-        if cu_seqlens.dtype == torch.int64:  # once, and here: frame_layout would not return what it converted
-            cu_seqlens = cu_seqlens.to(torch.int32)
+    def _read(cls, ids: Tensor, cu_seqlens: Tensor, check: bool | None) -> FrameLayout:
         read = frame_layout(ids, cu_seqlens, check=check)
+        if cu_seqlens.dtype == torch.int64:  # frame_layout does not return what it converted
+            cu_seqlens = cu_seqlens.to(torch.int32)
         limits = RowLimits(read.kv_start, read.kv_end, read.q_start, read.q_end)
         return cls(cu_seqlens, read.positions, read.content, read.frame_index, limits)
 
@@ -181,7 +194,7 @@ class FrameLayout:
     def to(self, device: torch.device | str) -> FrameLayout:
         """Return the layout on another device."""
         own = (self.cu_seqlens, self.positions, self.content, self.frame_index)
-        cu_seqlens, positions, content, frame_index = (x.to(device, non_blocking=True) for x in own)
+        cu_seqlens, positions, content, frame_index = (_moved(x, device) for x in own)
         return FrameLayout(cu_seqlens, positions, content, frame_index, self.limits.to(device))
 
 
@@ -201,22 +214,52 @@ def _skeleton(document: int, segment: Text | Frame) -> Tensor:
     return frame_skeleton(segment.rows, segment.cols)
 
 
-def _queries_before(limit: Tensor, num_keys: int) -> Tensor:
-    """Return int32 [num_keys], the number of queries with limit <= j. They come first, since limits never fall."""
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on a device. The copy to the CPU blocks: the host may read it as soon as it has the tensor."""
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
+
+
+def queries_before(limit: Tensor, num_keys: int) -> Tensor:
+    """Return int32 [num_keys], for each key j the number of queries with limit <= j.
+
+    limit: int32 [Tq]. Where it never falls, these are the first queries.
+    """
     count = limit.new_zeros(num_keys + 1)
     count.index_add_(0, limit.clamp(0, num_keys), torch.ones_like(limit))
     return count[:num_keys].cumsum(0, dtype=torch.int32)
 
 
-def _check_limits(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> None:
+def _query_bounds(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Return q_start and q_end, int32 [num_keys], of limits in 0..num_keys, without a host sync.
+
+    No query sees key j before the running maximum of kv_end exceeds j, nor once the minimum of kv_start over all later
+    queries exceeds it. Both are monotone, so counts find the places. A query that sees nothing moves neither.
+    """
+    sees = kv_start < kv_end
+    first_start, last_end = kv_start.where(sees, num_keys), kv_end.where(sees, 0)
+    q_start = queries_before(last_end.cummax(0).values, num_keys)
+    q_end = queries_before(first_start.flip(0).cummin(0).values, num_keys)
+    # Queries that see key j: those that start at or before it, less those that end there.
+    watchers = queries_before(first_start, num_keys) - queries_before(kv_end.where(sees, num_keys), num_keys)
+    return q_start, q_end.where(watchers > 0, q_start)
+
+
+def _require_limits(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> None:
     are_integers = {kv_start.dtype, kv_end.dtype} <= set(errors.INTEGERS)
     if kv_start.dim() != 1 or kv_start.shape != kv_end.shape or not are_integers:
         raise ValueError(
             f"kv_start and kv_end must both be integer [Tq]; got {errors.describe(kv_start)}, {errors.describe(kv_end)}"
         )
-    if kv_start.numel() == 0:
-        return
-    if kv_start.min() < 0 or kv_end.max() > num_keys or (kv_start > kv_end).any():
-        raise ValueError(f"kv_start and kv_end must satisfy 0 <= kv_start <= kv_end <= {num_keys}")
-    if (kv_start.diff() < 0).any() or (kv_end.diff() < 0).any():
-        raise ValueError("kv_start and kv_end must be non-decreasing: overlapping or unordered limits are refused")
+    errors.require_same("kv_end", kv_end, "kv_start", kv_start, dtypes=False)
+    if not 0 <= num_keys <= INT32_MAX:
+        raise ValueError(f"num_keys must be 0 .. {INT32_MAX}, the number of keys; got {num_keys}")
+
+
+def _check_limits(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> None:
+    wrong = (kv_start < 0) | (kv_start > kv_end) | (kv_end > num_keys)
+    if wrong.any():
+        row = int(wrong.int().argmax())
+        raise ValueError(
+            f"kv_start and kv_end must satisfy 0 <= kv_start <= kv_end <= {num_keys}, the number of keys; "
+            f"row {row} has kv_start {int(kv_start[row])} and kv_end {int(kv_end[row])}"
+        )

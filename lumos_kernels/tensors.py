@@ -29,6 +29,14 @@ def needs_int64_offsets(*tensors: Tensor) -> bool:
     )
 
 
+def host_may_read(*tensors: Tensor) -> bool:
+    """Return whether the host may look at the values: plain tensors on the CPU, outside torch.compile.
+
+    A tensor of a subclass, such as FakeTensor, may have no values. Those on a GPU would make the host wait.
+    """
+    return not torch.compiler.is_compiling() and all(type(t) is Tensor and t.device.type == "cpu" for t in tensors)
+
+
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU the current one while kernels launch: Triton and CUDA launch on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

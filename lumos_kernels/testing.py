@@ -155,7 +155,7 @@ def poisoned_allocations() -> Iterator[None]:
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, limits: RowLimits, scale: float | None = None) -> Tensor:
     """Return what a user would compute without this package: SDPA with the dense mask. Shapes as in frame_attention.
 
-    It is the low-precision yardstick of the tests and a rival in the benchmarks. It does not allow rows without keys.
+    It is the low-precision yardstick of the tests and a rival in the benchmarks. A row without keys gives 0.
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=limits.dense_mask(), scale=scale, enable_gqa=True)

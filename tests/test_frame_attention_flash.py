@@ -153,6 +153,7 @@ def limits_kv(kv_start, kv_end, keys) -> RowLimits:
 
 
 FRAMES = torch.arange(100) // 20
+_STARTS, _ENDS = [-5, 0, 9, -(2**31), 2**31 - 1, 3], [4, 10**6, 12, 2**31 - 1, -(2**31), 2]
 LIMITS = {
     "video": limits_of([Text(7), Frame(4, 8), Frame(4, 4), Text(2)]),
     "documents": limits_of([Text(5), Frame(4, 4)], [], [Text(9)], [Text(1)], [Frame(4, 4), Frame(4, 8)]),
@@ -164,6 +165,10 @@ LIMITS = {
     "keyless rows": limits_kv([0, 0, 2, 5, 5, 9, 9, 14], [0, 3, 5, 5, 9, 14, 14, 14], 17),
     "text from nothing": limits_kv([0] * 4, [0, 1, 2, 3], 3),
     "no row sees a key": limits_kv([0, 0, 4], [0, 0, 4], 4),
+    "frames in any order": limits_kv([40] * 20 + [0] * 20 + [20] * 20, [60] * 20 + [20] * 20 + [60] * 20, 60),
+    "text backwards": limits_kv([0] * 9, list(range(9, 0, -1)), 9),
+    "rows without keys among others": limits_kv([0, 3, 0, 0], [4, 3, 4, 4], 4),
+    "outside of the keys": RowLimits(*(torch.tensor(x).int() for x in (_STARTS, _ENDS, [0] * 6, [6] * 6))),
     "no queries": RowLimits.from_kv(torch.empty(0).int(), torch.empty(0).int(), 6),
 }
 

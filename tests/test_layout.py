@@ -449,8 +449,6 @@ def test_from_tokens_compiles_whole_and_takes_other_lengths():
         ([-1, 0], [1, 2], "0 <= kv_start <= kv_end <= 4"),
         ([0, 0], [1, 5], "0 <= kv_start <= kv_end <= 4"),
         ([0, 3], [1, 2], "0 <= kv_start <= kv_end <= 4"),
-        ([1, 0], [1, 2], "non-decreasing"),
-        ([0, 0], [3, 2], "non-decreasing"),
         ([0.0, 0.0], [1.0, 2.0], "integer"),
     ],
 )
@@ -464,7 +462,7 @@ def test_from_kv_without_queries_or_keys():
     no_queries = RowLimits.from_kv(none, none, 3, check=True)
     assert (no_queries.num_queries, no_queries.num_keys) == (0, 3)
     assert no_queries.q_start.tolist() == no_queries.q_end.tolist() == [0, 0, 0]
-    no_keys = RowLimits.from_kv(torch.zeros(2), torch.zeros(2), 0)
+    no_keys = RowLimits.from_kv(torch.zeros(2).int(), torch.zeros(2).int(), 0)
     assert (no_keys.num_queries, no_keys.num_keys) == (2, 0)
     assert no_keys.dense_mask().shape == (2, 0)
 

@@ -22,9 +22,9 @@
 // into dq_sums, and run() calls it before each store to `done`. Items start in ascending order (each_item in op.cpp),
 // so a tile waits only for tiles that have started.
 //
-// Neither limit falls from one token to the next. So the first and the last query of a tile bound the keys that the
-// tile sees, and the first and the last key of a tile bound the queries that see it. run() and set_query_tile() skip
-// keys and queries by these limits.
+// The limits may come in any order. prepare() finds for each query tile the lowest and highest key that its queries see,
+// and the keys that all of them see (Visible). run() and set_query_tile() skip keys and queries by these bounds, and
+// pairs inside them that do not see each other are masked.
 #pragma once
 
 #include "frame_attention/shared.h"
@@ -56,6 +56,7 @@ template <class M>
 struct BackwardSpace {
   float *k, *v, *k_transposed, *dk, *dv, *staging, *q_by_channel, *q_by_token, *do_by_channel, *do_by_token;
   float *scores, *dp, *p, *ds, *ds_by_key, *lse, *delta, *start, *end;
+  int32_t* seen_keys;
   int64_t size;
 
   BackwardSpace(const FrameAttentionProblem& x, float* scratch) {
@@ -70,6 +71,7 @@ struct BackwardSpace {
     take(arena, pairs / M::kStep, p, ds);
     ds_by_key = M::kStep == 1 ? ds : arena.take(pairs / M::kStep);
     take(arena, M::kQueryTile, lse, delta, start, end);
+    seen_keys = arena.take<int32_t>(M::kKeyTile + 1);
     size = arena.taken();
   }
 };
@@ -90,10 +92,16 @@ class Backward {
         done_(problem.done + kv_head * tile_count(problem.keys, M::kKeyTile) + key_tile) {}
 
   void run() {
-    pack_keys();
-    const int64_t first = x_.q_start[key_], end = x_.q_end[key_ + keys_ - 1];
-    const int64_t end_tile = first < end ? tile_count(end, M::kQueryTile) : 0;
-    for (int64_t tile = first / M::kQueryTile; tile < end_tile; ++tile) {
+    int64_t first_tile = tile_count(x_.queries, M::kQueryTile), end_tile = 0;
+    SeenKeys seen(key_, keys_, space_.seen_keys);
+    for (int64_t tile = 0; tile < tile_count(x_.queries, M::kQueryTile); ++tile) {
+      if (x_.visible[tile].first >= key_ + keys_ || x_.visible[tile].end <= key_) continue;
+      first_tile = smaller(first_tile, tile);
+      end_tile = tile + 1;
+      seen.add(x_, tile * M::kQueryTile, smaller(M::kQueryTile, x_.queries - tile * M::kQueryTile));
+    }
+    pack_keys(seen.finish());
+    for (int64_t tile = first_tile; tile < end_tile; ++tile) {
       if (set_query_tile(tile)) {
         for (int64_t g = 0; g < group_; ++g) add_queries(kv_head_ * group_ + g, tile);
       }
@@ -107,9 +115,9 @@ class Backward {
   }
 
  private:
-  void pack_keys() {
+  void pack_keys(const int32_t* is_seen) {
     const auto source = [&](const ConstHeads& tensor) {
-      return Source<T>(tensor, kv_head_, key_, keys_, x_.head_dim, x_.q_start, x_.q_end);
+      return Source<T>(tensor, kv_head_, key_, keys_, x_.head_dim, nullptr, is_seen);
     };
     pack_rows<M>(source(x_.k), 0, M::kKeyTile, space_.k);
     pack_rows<M>(source(x_.v), 0, M::kKeyTile, space_.v);
@@ -129,17 +137,16 @@ class Backward {
     while ((done_ - 1)->load(std::memory_order_acquire) < end_tile) sched_yield();
   }
 
-  /// Sets the limits of a query tile, which all heads share. Returns whether one of its queries sees a key of this
-  /// tile.
+  /// Sets the limits of a query tile, which all heads share. Returns whether its bounds reach into this tile.
   bool set_query_tile(int64_t tile) {
     query_ = tile * M::kQueryTile;
     queries_ = smaller(M::kQueryTile, x_.queries - query_);
     columns_ = round_up(queries_, kColumns);
-    const int64_t last = query_ + queries_ - 1;
-    first_key_ = larger(0, x_.kv_start[query_] - key_) / M::kKeyStep * M::kKeyStep;
-    end_key_ = round_up(smaller(keys_, x_.kv_end[last] - key_), M::kKeyStep);
-    unmasked_first_ = x_.kv_start[last] - key_;
-    unmasked_end_ = queries_ == columns_ ? x_.kv_end[query_] - key_ : 0;
+    const Visible& seen = x_.visible[tile];
+    first_key_ = larger(0, seen.first - key_) / M::kKeyStep * M::kKeyStep;
+    end_key_ = round_up(smaller(keys_, seen.end - key_), M::kKeyStep);
+    unmasked_first_ = seen.whole_first - key_;
+    unmasked_end_ = queries_ == columns_ ? seen.whole_end - key_ : 0;
     for (int64_t i = 0; i < columns_; ++i) {
       const bool inside = i < queries_;
       space_.start[i] = inside ? limit_in_tile(x_.kv_start[query_ + i]) : 0;
@@ -153,7 +160,7 @@ class Backward {
 
   void pack_queries(int64_t head) {
     const auto source = [&](const ConstHeads& tensor) {
-      return Source<T>(tensor, head, query_, queries_, x_.head_dim, x_.kv_start, x_.kv_end);
+      return Source<T>(tensor, head, query_, queries_, x_.head_dim, x_.kv_start + query_, x_.kv_end + query_);
     };
     pack<M>(source(x_.q), columns_, space_.staging, space_.q_by_channel, space_.q_by_token);
     pack<M>(source(x_.grad_o), columns_, space_.staging, space_.do_by_channel, space_.do_by_token);
@@ -271,10 +278,11 @@ class Backward {
   int64_t first_key_ = 0, end_key_ = 0, unmasked_first_ = 0, unmasked_end_ = 0;
 };
 
-/// Computes delta and clears dq_sums of a query tile.
+/// Computes delta and visible, and clears dq_sums, of a query tile.
 template <class T, class M>
 void prepare(const FrameAttentionProblem& x, int64_t tile) {
   const int64_t first = tile * M::kQueryTile, end = smaller(x.queries, first + M::kQueryTile);
+  x.visible[tile] = visible_keys(x, first, end - first);
   for (int64_t head = 0; head < x.q_heads; ++head) {
     fill(dq_sums<M>(x, head, tile), x.head_dim * M::kQueryTile, 0.0f);
     for (int64_t t = first; t < end; ++t) {

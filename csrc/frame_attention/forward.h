@@ -29,8 +29,9 @@
 // fp32 loses under one reference and holds under the other: terms of values |v| < 2^-64 or of probabilities below
 // 2^-60.
 //
-// Neither limit falls from one token to the next. So the kv_start of the first token and the kv_end of the last bound
-// the keys that a tile or a row block sees. run() and add_keys skip keys by these two values.
+// The limits may come in any order. pack_queries finds for each row block the lowest and highest key that its rows see,
+// and the keys that all of them see (Visible). run() and add_keys skip keys by these bounds, and a block of keys that all
+// rows see is not masked.
 #pragma once
 
 #include "frame_attention/shared.h"
@@ -45,6 +46,8 @@ constexpr float kLargestValue = 0x1p60f;
 template <class M>
 struct ForwardSpace {
   float *q, *pv_sums, *p_sums, *rounded_sums, *references, *q_norms, *staging, *k, *v, *scores, *p;
+  int32_t* seen_keys;
+  Visible* visible;  // of each row block; the query heads share them
   int64_t size;
 
   ForwardSpace(const FrameAttentionProblem& x, float* scratch) {
@@ -61,6 +64,8 @@ struct ForwardSpace {
     v = arena.take(keys * x.head_dim / M::kStep);
     scores = arena.take(M::kRows * keys);
     p = arena.take(M::kRows * keys / M::kStep);
+    seen_keys = arena.take<int32_t>(keys + 1);
+    visible = arena.take<Visible>(round_up(x.tile, M::kRows) / M::kRows);
     size = arena.taken();
   }
 };
@@ -82,9 +87,15 @@ class Forward {
 
   void run() {
     pack_queries();
-    const int64_t end = x_.kv_end[first_token_ + tokens_ - 1], width = M::key_block(x_.head_dim);
-    for (int64_t key = x_.kv_start[first_token_]; key < end; key += width) {
-      pack_keys(key, smaller(width, end - key));
+    int64_t first = x_.keys, end = 0;
+    for (int64_t row = 0; row < padded_tokens_; row += M::kRows) {
+      const Visible& seen = space_.visible[row / M::kRows];
+      first = smaller(first, seen.first);
+      end = larger(end, seen.end);
+    }
+    const int64_t width = M::key_block(x_.head_dim);
+    for (int64_t key = first; key < end; key += width) {
+      if (!pack_keys(key, smaller(width, end - key))) continue;
       const int64_t rows = group_ * padded_tokens_, next = key + width, next_count = smaller(width, end - next);
       for (int64_t row = 0; row < rows; row += M::kRows) {
         // Each row block prefetches a few keys of the next block. Waiting for them took 1 to 3 % of the time.
@@ -104,10 +115,15 @@ class Forward {
   /// Returns the query token of a row. Padding repeats the last token.
   int64_t token(int64_t row) const { return first_token_ + smaller(row % padded_tokens_, tokens_ - 1); }
 
-  /// Packs the queries of the item and clears its sums. With M::kFixedReference, bounds |q| of each row block.
+  /// Packs the queries of the item, clears its sums and finds what each row block sees. With M::kFixedReference, bounds
+  /// |q| of each row block.
   void pack_queries() {
+    for (int64_t row = 0; row < padded_tokens_; row += M::kRows) {
+      space_.visible[row / M::kRows] = visible_keys(x_, first_token_ + row, smaller(M::kRows, tokens_ - row));
+    }
     for (int64_t g = 0; g < group_; ++g) {
-      const Source<T> source(x_.q, kv_head_ * group_ + g, first_token_, tokens_, x_.head_dim, x_.kv_start, x_.kv_end);
+      const Source<T> source(x_.q, kv_head_ * group_ + g, first_token_, tokens_, x_.head_dim,
+                             x_.kv_start + first_token_, x_.kv_end + first_token_);
       pack_rows<M>(source, 0, padded_tokens_, space_.q + g * padded_tokens_ * row_words_);
     }
     if (x_.scale < 0) negate(space_.q, group_ * padded_tokens_ * row_words_);
@@ -134,11 +150,18 @@ class Forward {
   /// the bound adds kTiny for each.
   float norm_of(float square) const { return __builtin_sqrtf(square + x_.head_dim * kTiny); }
 
-  /// Packs k and v of a block of keys. With M::kFixedReference, bounds |k| and tests the size of v.
-  void pack_keys(int64_t key, int64_t count) {
+  /// Packs k and v of a block of keys. With M::kFixedReference, bounds |k| and tests the size of v. Returns false, and
+  /// packs nothing, if no row sees a key of the block.
+  bool pack_keys(int64_t key, int64_t count) {
     columns_ = round_up(count, kColumns);
+    bool any = false;
+    for (int64_t row = 0; row < padded_tokens_; row += M::kRows) any = any || sees(row, key);
+    if (!any) return false;
+    SeenKeys seen(key, count, space_.seen_keys);
+    seen.add(x_, first_token_, tokens_);
+    const int32_t* is_seen = seen.finish();
     const auto source = [&](const ConstHeads& tensor) {
-      return Source<T>(tensor, kv_head_, key, count, x_.head_dim, x_.q_start, x_.q_end);
+      return Source<T>(tensor, kv_head_, key, count, x_.head_dim, nullptr, is_seen);
     };
     pack<M>(source(x_.k), columns_, space_.staging, space_.k, nullptr);
     pack<M>(source(x_.v), columns_, space_.staging, nullptr, space_.v);
@@ -148,15 +171,21 @@ class Forward {
       // The norm of a channel over the block bounds each of its values. The negation also catches NaN.
       if (!(value_square <= kLargestValue * kLargestValue)) key_norm_ = kInfinity;
     }
+    return true;
+  }
+
+  const Visible& visible(int64_t row) const { return space_.visible[row % padded_tokens_ / M::kRows]; }
+  /// Returns whether the bounds of the row block that begins at `row` reach into the block of keys.
+  bool sees(int64_t row, int64_t key) const {
+    return visible(row).first < key + columns_ && visible(row).end > key;
   }
 
   /// Adds the packed block of keys, which begins at `key`, to the sums of the row block that begins at `row`.
   void add_keys(int64_t row, int64_t key) {
-    const int64_t first = token(row), last = token(row + M::kRows - 1);
-    if (x_.kv_end[last] <= key || x_.kv_start[first] >= key + columns_) return;
+    if (!sees(row, key)) return;
     M::template matmul<Update::assign>(space_.q + row * row_words_, row_words_, space_.k, columns_, M::kRows, columns_,
                                        row_words_, space_.scores, columns_);
-    const bool all_seen = x_.kv_start[last] <= key && x_.kv_end[first] >= key + columns_;
+    const bool all_seen = visible(row).whole_first <= key && visible(row).whole_end >= key + columns_;
     if (!all_seen) mask(row, key);
     if constexpr (M::kFixedReference) {
       float& norm = space_.q_norms[row / M::kRows];

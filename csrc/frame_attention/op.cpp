@@ -54,9 +54,25 @@ void each_item(const FrameAttentionKernels& kernels, int64_t count, int64_t scra
   });
 }
 
+/// The limits of the queries, with 0 <= start <= end <= keys whatever the caller gave.
+struct SafeLimits {
+  std::vector<int32_t> start, end;
+
+  SafeLimits(const Tensor& kv_start, const Tensor& kv_end, int64_t queries, int64_t keys)
+      : start(queries), end(queries) {
+    STD_TORCH_CHECK(kv_start.numel() == queries && kv_end.numel() == queries, "kv_start and kv_end must be [Tq] = [",
+                    queries, "]; got ", kv_start.numel(), " and ", kv_end.numel(), " values");
+    const int32_t *from = kv_start.const_data_ptr<int32_t>(), *to = kv_end.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < queries; ++i) {
+      const int64_t first = std::clamp<int64_t>(from[i], 0, keys);
+      start[i] = static_cast<int32_t>(first);
+      end[i] = static_cast<int32_t>(std::clamp<int64_t>(to[i], first, keys));
+    }
+  }
+};
+
 FrameAttentionProblem frame_attention_problem(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              const Tensor& kv_start, const Tensor& kv_end, const Tensor& q_start,
-                                              const Tensor& q_end, double scale) {
+                                              const SafeLimits& limits, double scale) {
   FrameAttentionProblem problem{};
   problem.dtype = dtype_of(q);
   problem.queries = q.size(0);
@@ -68,10 +84,8 @@ FrameAttentionProblem frame_attention_problem(const Tensor& q, const Tensor& k, 
   problem.q = read_heads(q);
   problem.k = read_heads(k);
   problem.v = read_heads(v);
-  problem.kv_start = kv_start.const_data_ptr<int32_t>();
-  problem.kv_end = kv_end.const_data_ptr<int32_t>();
-  problem.q_start = q_start.const_data_ptr<int32_t>();
-  problem.q_end = q_end.const_data_ptr<int32_t>();
+  problem.kv_start = limits.start.data();
+  problem.kv_end = limits.end.data();
   return problem;
 }
 
@@ -79,8 +93,14 @@ FrameAttentionProblem frame_attention_problem(const Tensor& q, const Tensor& k, 
 std::vector<int64_t> heaviest_first(const FrameAttentionProblem& problem) {
   std::vector<std::pair<int64_t, int64_t>> tiles;  // (minus the number of keys, first token)
   for (int64_t first = 0; first < problem.queries; first += problem.tile) {
-    const int64_t last = std::min(problem.queries, first + problem.tile) - 1;
-    tiles.emplace_back(problem.kv_start[first] - int64_t{problem.kv_end[last]}, first);
+    const int64_t last = std::min(problem.queries, first + problem.tile);
+    int64_t start = problem.keys, end = 0;
+    for (int64_t i = first; i < last; ++i) {
+      if (problem.kv_start[i] >= problem.kv_end[i]) continue;
+      start = std::min<int64_t>(start, problem.kv_start[i]);
+      end = std::max<int64_t>(end, problem.kv_end[i]);
+    }
+    tiles.emplace_back(std::min<int64_t>(start - end, 0), first);
   }
   std::sort(tiles.begin(), tiles.end());
   std::vector<int64_t> firsts;
@@ -88,10 +108,11 @@ std::vector<int64_t> heaviest_first(const FrameAttentionProblem& problem) {
   return firsts;
 }
 
-/// Returns o and lse. q, k and v have a unit last stride; the limits are int32 and contiguous.
+/// Returns o and lse. q, k and v have a unit last stride; the limits are int32 and contiguous, with any values.
 std::tuple<Tensor, Tensor> frame_attention_forward(Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_end,
-                                                   Tensor q_start, Tensor q_end, double scale, int64_t isa) {
-  FrameAttentionProblem problem = frame_attention_problem(q, k, v, kv_start, kv_end, q_start, q_end, scale);
+                                                   double scale, int64_t isa) {
+  const SafeLimits limits(kv_start, kv_end, q.size(0), k.size(0));
+  FrameAttentionProblem problem = frame_attention_problem(q, k, v, limits, scale);
   Tensor o = empty_on_cpu(q.sizes(), q.scalar_type());
   Tensor lse = empty_on_cpu({problem.q_heads, problem.queries}, ScalarType::Float);
   problem.o = write_heads(o);
@@ -110,9 +131,9 @@ std::tuple<Tensor, Tensor> frame_attention_forward(Tensor q, Tensor k, Tensor v,
 /// lse are contiguous.
 std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(Tensor grad_o, std::optional<Tensor> grad_lse, Tensor q,
                                                             Tensor k, Tensor v, Tensor o, Tensor lse, Tensor kv_start,
-                                                            Tensor kv_end, Tensor q_start, Tensor q_end, double scale,
-                                                            int64_t isa) {
-  FrameAttentionProblem problem = frame_attention_problem(q, k, v, kv_start, kv_end, q_start, q_end, scale);
+                                                            Tensor kv_end, double scale, int64_t isa) {
+  const SafeLimits limits(kv_start, kv_end, q.size(0), k.size(0));
+  FrameAttentionProblem problem = frame_attention_problem(q, k, v, limits, scale);
   const FrameAttentionKernels& kernels = frame_attention_kernels(isa, problem.dtype);
   const int64_t query_tiles = ceil_div(problem.queries, kernels.query_tile);
   const int64_t key_tiles = ceil_div(problem.keys, kernels.key_tile);
@@ -129,6 +150,8 @@ std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(Tensor grad_o, std::
   problem.grad_lse = grad_lse ? grad_lse->const_data_ptr<float>() : nullptr;
   problem.delta = delta.mutable_data_ptr<float>();
   problem.dq_sums = sums.mutable_data_ptr<float>();
+  std::vector<Visible> visible(query_tiles);
+  problem.visible = visible.data();
   problem.done = done.data();
   problem.dq = write_heads(dq);
   problem.dk = write_heads(dk);
@@ -148,12 +171,11 @@ std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(Tensor grad_o, std::
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lumos_native, m) {
   m.def(
-      "frame_attention_forward(Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_end, Tensor q_start, "
-      "Tensor q_end, float scale, int isa) -> (Tensor, Tensor)");
+      "frame_attention_forward(Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_end, float scale, int isa) "
+      "-> (Tensor, Tensor)");
   m.def(
       "frame_attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-      "Tensor kv_start, Tensor kv_end, Tensor q_start, Tensor q_end, float scale, int isa) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor kv_start, Tensor kv_end, float scale, int isa) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lumos_native, CPU, m) {

@@ -70,24 +70,29 @@ struct Bf16Words {
 };
 #endif
 
-/// The rows of one head, from token `first` on. A row whose limits are empty (start >= end) takes part in no attention.
-/// It may hold anything, and 0 * NaN is NaN, so it is read as zeros. Rows from `count` on are padding, also zeros.
+/// The rows of one head, from token `first` on. A row with after[i] <= before[i] takes part in no attention. It may hold
+/// anything, and 0 * NaN is NaN, so it is read as zeros. Rows from `count` on are padding, also zeros.
+///
+/// For queries `before` and `after` are the first values of kv_start and kv_end. For keys `before` is null, which counts
+/// as zeros, and `after` says which keys are seen.
 template <class T>
 struct Source {
   const T* data;
   int64_t stride, count, head_dim;
-  const int32_t *start, *end;
+  const int32_t *before, *after;
 
-  Source(const ConstHeads& x, int64_t head, int64_t first, int64_t count, int64_t head_dim, const int32_t* start,
-         const int32_t* end)
+  Source(const ConstHeads& x, int64_t head, int64_t first, int64_t count, int64_t head_dim, const int32_t* before,
+         const int32_t* after)
       : data(static_cast<const T*>(x.data) + first * x.token_stride + head * x.head_stride),
         stride(x.token_stride),
         count(count),
         head_dim(head_dim),
-        start(start + first),
-        end(end + first) {}
+        before(before),
+        after(after) {}
   /// Returns row i, or null where the row is read as zeros.
-  const T* row(int64_t i) const { return i < count && start[i] < end[i] ? data + i * stride : nullptr; }
+  const T* row(int64_t i) const {
+    return i < count && (before ? before[i] : 0) < after[i] ? data + i * stride : nullptr;
+  }
 };
 
 /// Packs rows [first, first + rows) to an operand A [rows][head_dim / kStep], summed along the channels.

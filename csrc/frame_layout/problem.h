@@ -18,7 +18,7 @@ struct FrameLayoutOut {
 };
 
 /// Reads the layout of the ids. Document b consists of the tokens cu_seqlens[b] <= i < cu_seqlens[b + 1]. If there are
-/// tokens, there is at least one document.
+/// tokens, there is at least one document. cu_seqlens rises from 0 to `tokens`.
 void read_frame_layout(const int64_t* ids, int64_t tokens, const int32_t* cu_seqlens, int64_t documents,
                        const FrameLayoutOut& out);
 void read_frame_layout(const int32_t* ids, int64_t tokens, const int32_t* cu_seqlens, int64_t documents,

@@ -56,12 +56,14 @@ def frame_attention(
 
     FrameLayout.limits are causal over text, bidirectional inside a frame, causal between frames, and never cross
     documents (arXiv 2507.08801, section 3.3; equal to the official mask on tests/golden). Other limits describe
-    prefix-cache decoding (Tq != Tk) and sliding windows. No mask is built.
+    prefix-cache decoding (Tq != Tk) and sliding windows. The rows may come in any order; it is fast where kv_start and
+    kv_end never fall. No mask is built.
 
     Args:
-        q: [Tq, Hq, D], bf16, fp16, fp32 or fp64, any strides with a unit last one.
+        q: [Tq, Hq, D], bf16, fp16, fp32 or fp64, any strides with a unit last one. "native" and "triton" (D <= 128) pad
+            D with zeros to a multiple of 32, which is exact and costs a copy of q, k and v.
         k, v: [Tk, Hkv, D], like q. Hkv divides Hq; query head h reads kv head h * Hkv // Hq.
-        limits: RowLimits of Tq queries and Tk keys on q's device.
+        limits: RowLimits of Tq queries and Tk keys on q's device. Values outside 0..Tk mean the nearest of both.
         scale: factor of the scores, default D^-0.5.
         return_lse: also return the logarithm of each row's sum of exponentials. Gradients flow through it too.
         deterministic: the backward pass gives the same bits every time.
@@ -70,7 +72,7 @@ def frame_attention(
 
     Returns:
         o [Tq, Hq, D] in q's dtype; with return_lse (o, lse), lse fp32 [Hq, Tq] (fp64 for fp64 inputs). A row without
-        keys gives 0 and -inf, and passes no gradient.
+        keys, kv_start >= kv_end, gives 0 and -inf, and passes no gradient.
 
     Raises:
         ValueError: a shape, dtype or device does not fit, or an explicit `impl` cannot run. The message says why.

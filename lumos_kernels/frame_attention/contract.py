@@ -8,6 +8,7 @@ Legend: Tq queries, Tk keys, Hq query heads, Hkv key/value heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -20,12 +21,15 @@ from ..layout import RowLimits
 
 
 class Inputs(NamedTuple):
-    """What an implementation gets: tensors on one device whose shapes and dtypes passed the checks."""
+    """What an implementation gets: tensors on one device whose shapes and dtypes passed the checks.
+
+    D is a multiple of HEAD_DIM_STEP for the implementations that are named there.
+    """
 
     q: Tensor  # [Tq, Hq, D], unit last stride
     k: Tensor  # [Tk, Hkv, D], unit last stride; Hkv divides Hq, query head h reads kv head h * Hkv // Hq
     v: Tensor  # like k
-    limits: RowLimits  # of Tq queries and Tk keys, int32, any strides
+    limits: RowLimits  # of Tq queries and Tk keys, int32, any strides, any values in any order
     scale: float  # factor of the scores
 
 
@@ -70,14 +74,12 @@ class SelfDifferentiating(Implementation, Protocol):
 
 
 def _runs_native(problem: Problem) -> str | None:
-    if problem.head_dim is not None and (problem.head_dim == 0 or problem.head_dim % 32):
-        return f"computes head sizes that are multiples of 32, not {problem.head_dim}"
     return dispatch.runs_native(problem)
 
 
 def _runs_triton(problem: Problem) -> str | None:
-    if problem.head_dim is not None and problem.head_dim not in (32, 64, 96, 128):
-        return f"computes head sizes 32, 64, 96 and 128, not {problem.head_dim}"
+    if problem.head_dim is not None and problem.head_dim > 128:
+        return f"computes head sizes up to 128, not {problem.head_dim}"
     return dispatch.runs_triton(problem)
 
 
@@ -102,6 +104,10 @@ OP: dispatch.Op[Implementation] = dispatch.register(
     {"triton": _runs_triton, "native": _runs_native, "flash": _runs_flash, "reference": dispatch.runs_anywhere},
     on_request={"flash": 'passes no gradient through lse, so it runs only when asked for: impl="flash"'},
 )
+
+# Implementations whose kernels compute head sizes that are multiples of a number. ops.py pads the others with zeros,
+# which is exact: a zero channel adds nothing to a score, and its o and its gradients are zero.
+HEAD_DIM_STEP: Mapping[str, int] = {"triton": 32, "native": 32}
 
 # Implementations that are SelfDifferentiating. Under autograd of our own they would run their forward twice.
 SELF_DIFFERENTIATING = frozenset({"flash"})

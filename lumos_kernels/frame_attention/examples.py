@@ -98,7 +98,8 @@ class AttentionExample(Example):
 
 
 def examples(dtype: torch.dtype, head_dim: int, device: torch.device) -> Iterator[AttentionExample]:
-    """Yield packed documents with rows without keys, a sliding window over a longer cache, and calls without work.
+    """Yield packed documents with rows without keys, a sliding window over a longer cache, rows in any order, and calls
+    without work.
 
     The first one has groups of four query heads, slices of a fused projection, a large gradient of lse and scores so
     large that the online softmax must follow the running maximum. No length is a multiple of a tile. The third one has
@@ -110,6 +111,7 @@ def examples(dtype: torch.dtype, head_dim: int, device: torch.device) -> Iterato
         ("documents, fused projection", _documents(device), 8, 2, None, True, USUAL),
         ("window over a cache, negative scale", _window(device), 3, 3, -0.1, False, USUAL),
         ("two sections, int64 offsets", _causal(_CAUSAL, device), 3, 3, 0.2, True, sections),
+        ("rows in any order", _shuffled(device), 4, 2, None, True, USUAL),
         ("no tokens", _causal(0, device), 4, 2, None, True, USUAL),
         ("no keys", _no_keys(5, device), 4, 2, None, True, USUAL),
     ):
@@ -156,6 +158,16 @@ def _window(device: torch.device) -> RowLimits:
     row = torch.arange(165, dtype=torch.int64, device=device)
     end = 421 - 165 + (row // 33 + 1) * 33
     return _limits(end - 190, end, 421)
+
+
+def _shuffled(device: torch.device) -> RowLimits:
+    """Return the limits of a window of 90 keys over 300, its 165 rows out of order, every eighth of them without keys.
+
+    Inside a tile the rows see keys everywhere, so nearly all pairs inside its bounds are masked.
+    """
+    row = torch.arange(165, dtype=torch.int64, device=device)
+    start = row * 67 % 165
+    return _limits(start, torch.where(row % 8 == 3, start, start + 90), 300)
 
 
 def _limits(start: Tensor, end: Tensor, keys: int) -> RowLimits:

@@ -65,10 +65,11 @@ def refusal() -> str | None:
 
 def cut(limits: RowLimits) -> list[Run]:
     """Return the calls that make up the limits, without the rows that see nothing. Reads the limits."""
-    starts, ends = limits.kv_start.cpu(), limits.kv_end.cpu()
+    starts, ends = (x.cpu().clamp(0, limits.num_keys) for x in (limits.kv_start, limits.kv_end))
     same_start = (starts.diff() == 0) & (ends > starts)[1:] & (ends > starts)[:-1]
     # The step to the next row: 0 if that sees the same keys, 1 if it sees one key more, 2 if it is any other row.
-    steps = torch.where(same_start, ends.diff().clamp(0, 2), 2).tolist()
+    more = ends.diff()
+    steps = torch.where(same_start & (more >= 0) & (more <= 1), more, 2).tolist()
     kv_start, kv_end = starts.tolist(), ends.tolist()
     runs, first = [], 0
     while first < len(kv_start):

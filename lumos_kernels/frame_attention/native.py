@@ -18,7 +18,7 @@ logger = logging.getLogger("lumos_kernels")
 def forward(inputs: Inputs) -> Outputs:
     """Attend. contract.py says what comes in and goes out."""
     q, k, v, limits, scale = inputs
-    o, lse = torch.ops.lumos_native.frame_attention_forward.default(q, k, v, *_contiguous(limits), scale, _isa(q))
+    o, lse = torch.ops.lumos_native.frame_attention_forward.default(q, k, v, *_rows(limits), scale, _isa(q))
     return Outputs(o, lse)
 
 
@@ -27,14 +27,14 @@ def backward(inputs: Inputs, outputs: Outputs, grad: OutputGradients, *, determi
     q, k, v, limits, scale = inputs
     grad_lse = None if grad.lse is None else grad.lse.contiguous()
     dq, dk, dv = torch.ops.lumos_native.frame_attention_backward.default(
-        grad.o, grad_lse, q, k, v, *outputs, *_contiguous(limits), scale, _isa(q)
+        grad.o, grad_lse, q, k, v, *outputs, *_rows(limits), scale, _isa(q)
     )
     return Gradients(dq, dk, dv)
 
 
-def _contiguous(limits: RowLimits) -> tuple[Tensor, ...]:
-    views = limits.kv_start, limits.kv_end, limits.q_start, limits.q_end
-    return tuple(view.contiguous() for view in views)
+def _rows(limits: RowLimits) -> tuple[Tensor, Tensor]:
+    """Return kv_start and kv_end. The C++ needs no bounds of the queries of a key: it finds those of its tiles."""
+    return limits.kv_start.contiguous(), limits.kv_end.contiguous()
 
 
 def _isa(q: Tensor) -> int:
@@ -74,7 +74,7 @@ def _trial(isa: str, head_dim: int) -> list[Tensor]:
     q, k, v, grad_o = (x.bfloat16() for x in (q, k, v, grad_o))
     rows = torch.arange(tokens)
     ends = torch.where(rows < frame, rows + 1, (rows // frame + 1) * frame).clamp_max(tokens)
-    limits = _contiguous(RowLimits.from_kv(torch.zeros_like(ends), ends, tokens))
+    limits = _rows(RowLimits.from_kv(torch.zeros_like(ends), ends, tokens))
     ops, value, scale = torch.ops.lumos_native, library.isa_value(isa), head_dim**-0.5
     o, lse = ops.frame_attention_forward(q, k, v, *limits, scale, value)
     return [o, lse, *ops.frame_attention_backward(grad_o, None, q, k, v, o, lse, *limits, scale, value)]

@@ -6,13 +6,24 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Problem
 from ..layout import RowLimits
 from ..registration import define, once_differentiable
 from ..tensors import unit_last_stride
-from .contract import OP, SELF_DIFFERENTIATING, Gradients, Inputs, OutputGradients, Outputs, SelfDifferentiating
+from .contract import (
+    HEAD_DIM_STEP,
+    OP,
+    SELF_DIFFERENTIATING,
+    Gradients,
+    Implementation,
+    Inputs,
+    OutputGradients,
+    Outputs,
+    SelfDifferentiating,
+)
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_end, Tensor q_start, Tensor q_end, float scale"
 
@@ -24,6 +35,19 @@ def _inputs(
     return Inputs(unit_last_stride(q), unit_last_stride(k), unit_last_stride(v), limits, scale)
 
 
+def _missing_channels(chosen: Implementation, head_dim: int) -> int:
+    """Return the zero channels that an implementation needs behind a head's own (contract.HEAD_DIM_STEP)."""
+    if head_dim % 32 == 0:  # what every implementation takes: no call of usual models goes on
+        return 0
+    name = cast(Any, chosen).__name__.rpartition(".")[2]
+    return -head_dim % HEAD_DIM_STEP.get(name, 1)
+
+
+def _padded(inputs: Inputs, channels: int) -> Inputs:
+    q, k, v = (F.pad(x, (0, channels)) for x in inputs[:3])
+    return inputs._replace(q=q, k=k, v=v)
+
+
 def _fake_forward(q: Tensor, *_: Any) -> Outputs:
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
     return Outputs(q.new_empty(q.shape), lse)
@@ -32,8 +56,11 @@ def _fake_forward(q: Tensor, *_: Any) -> Outputs:
 @define(f"frame_attention({_INPUTS}, str impl) -> (Tensor, Tensor)", _fake_forward)
 def _forward(q: Tensor, *rest: Any) -> Outputs:
     *inputs, impl = rest
-    o, lse = OP.choose(impl, Problem.of(q, q.shape[-1])).forward(_inputs(q, *inputs))
-    return Outputs(o.contiguous(), lse.contiguous())
+    chosen = OP.choose(impl, Problem.of(q, q.shape[-1]))
+    given = _inputs(q, *inputs)
+    missing = _missing_channels(chosen, q.shape[-1])
+    o, lse = chosen.forward(_padded(given, missing) if missing else given)
+    return Outputs(o[..., : q.shape[-1]].contiguous() if missing else o.contiguous(), lse.contiguous())
 
 
 def _fake_backward(grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Gradients:
@@ -48,8 +75,13 @@ def _fake_backward(grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor
 def _backward(grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, *rest: Any) -> Gradients:
     *inputs, o, lse, deterministic, impl = rest
     chosen = OP.choose(impl, Problem.of(q, q.shape[-1]))
-    grad = OutputGradients(unit_last_stride(grad_o), grad_lse)
-    gradients = chosen.backward(_inputs(q, *inputs), Outputs(o, lse), grad, deterministic=deterministic)
+    given, grad_o = _inputs(q, *inputs), unit_last_stride(grad_o)
+    missing = _missing_channels(chosen, q.shape[-1])
+    if missing:
+        given, o, grad_o = _padded(given, missing), F.pad(o, (0, missing)), F.pad(grad_o, (0, missing))
+    gradients = chosen.backward(given, Outputs(o, lse), OutputGradients(grad_o, grad_lse), deterministic=deterministic)
+    if missing:
+        gradients = Gradients(*(x[..., : q.shape[-1]] for x in gradients))
     return Gradients(*(x.contiguous() for x in gradients))
 
 

@@ -2,7 +2,8 @@
 
 Query i attends to the keys kv_start[i] <= j < kv_end[i]. With s = scale * q k^T over these keys,
     lse = log(sum of exp(s)),   p = exp(s - lse),   o = p v.
-Scores and statistics are fp32 (fp64 for fp64 input), and o is rounded once. A row without keys gives 0 and lse -inf.
+Scores and statistics are fp32 (fp64 for fp64 input), and o is rounded once. A row without keys, kv_start[i] >=
+kv_end[i], gives 0 and lse -inf. The rows may come in any order, and limits outside 0..Tk mean the nearest of both.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def _blocks(limits: RowLimits) -> Iterator[tuple[slice, slice, Tensor]]:
     """
     for start in range(0, limits.num_queries, BLOCK_ROWS):
         end = min(start + BLOCK_ROWS, limits.num_queries)
-        first, last = int(limits.kv_start[start:end].min()), int(limits.kv_end[start:end].max())
+        # The lowest and highest key of the block. Rows without keys widen neither, and may be all there are.
+        kv_start, kv_end = (x[start:end].clamp(0, limits.num_keys) for x in (limits.kv_start, limits.kv_end))
+        sees = kv_start < kv_end
+        first, last = int(kv_start.where(sees, limits.num_keys).min()), int(kv_end.where(sees, 0).max())
         yield slice(start, end), slice(first, last), limits.dense_mask(start, end)[None, None, :, first:last]
 
 

@@ -17,7 +17,8 @@ class Inputs(NamedTuple):
     """What an implementation gets: contiguous tensors whose shapes and dtypes passed the checks.
 
     ids: int32 or int64 [T], each value fits in 32 bits. The rows may be malformed.
-    cu_seqlens: int32 [B + 1], B >= 1 wherever T > 0.
+    cu_seqlens: int32 [B + 1], B >= 1 wherever T > 0. The values may be anything: api.frame_layout says how
+        implementations read those that do not rise from 0 to T.
     """
 
     ids: Tensor

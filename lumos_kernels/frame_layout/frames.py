@@ -37,13 +37,17 @@ def header_numbers(ids: Tensor) -> Tensor:
     return torch.where((number > 0) & (number < MASK - NUMBER_BASE), GRID_UNIT * number, 0)
 
 
-def check_documents(ids: Tensor, cu_seqlens: Tensor) -> None:
-    """Raise ValueError where a document's frames are malformed. ids: integer [T]; cu_seqlens: int32 [B + 1]."""
+def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise ValueError where cu_seqlens, integer [B + 1], does not rise from 0 to the number of tokens."""
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != ids.shape[0] or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the {ids.shape[0]} tokens of input_ids, got {bounds}")
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of input_ids, got {bounds}")
+
+
+def check_documents(ids: Tensor, cu_seqlens: Tensor) -> None:
+    """Raise ValueError where a document's frames are malformed. ids: integer [T]; cu_seqlens: integer [B + 1]."""
     ids = ids.cpu()
-    for document, (begin, end) in enumerate(pairwise(bounds)):
+    for document, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
         _check_document(document, ids[begin:end])
 
 

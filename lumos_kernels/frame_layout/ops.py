@@ -20,5 +20,7 @@ def _fake_forward(ids: Tensor, cu_seqlens: Tensor, impl: str) -> Outputs:
     _fake_forward,
 )
 def _forward(ids: Tensor, cu_seqlens: Tensor, impl: str) -> Outputs:
+    if ids.shape[0] and cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens holds no document for {ids.shape[0]} tokens; got [{cu_seqlens.shape[0]}]")
     chosen = OP.choose(impl, Problem.of(ids))
     return chosen.forward(Inputs(ids.contiguous(), cu_seqlens.contiguous()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import RowLimits
+from ..layout import queries_before
 from ..token_ids import FRAME_HEADER, FRAME_START
 from .contract import Inputs, Outputs
 from .frames import SPACE_STRIDE, TIME_STRIDE, header_numbers
@@ -49,15 +49,14 @@ def forward(inputs: Inputs) -> Outputs:
     time = torch.where(content, first_content + TIME_STRIDE * frame, text)
     height = torch.where(content, first_content + SPACE_STRIDE * row, text)
     width = torch.where(content, first_content + SPACE_STRIDE * (offset - row * line), text)
-    limits = RowLimits.from_kv(doc_start, kv_end, total)
     return Outputs(
         torch.stack([time, height, width]),
         content,
         torch.where(content, frame, -1),
-        limits.kv_start,
-        limits.kv_end,
-        limits.q_start,
-        limits.q_end,
+        doc_start,
+        kv_end,
+        queries_before(kv_end, total),  # both limits never fall, so these counts bound the queries of each key
+        queries_before(doc_start, total),
     )
 
 
@@ -67,10 +66,12 @@ def _document_facts(cu_seqlens: Tensor, index: Tensor, frames: Tensor) -> list[T
     They are the document's start, its end, the number of frames of the stream before it, and its first content token,
     counted inside the document.
     """
-    begin, end = cu_seqlens[:-1], cu_seqlens[1:]
+    # Bounds that do not rise from 0 to T would index outside.
+    bounds = cu_seqlens.clamp(0, len(index)).cummax(0).values
+    bounds[0], bounds[-1] = 0, len(index)
+    begin, end = bounds[:-1], bounds[1:]
     frames_before = torch.nn.functional.pad(frames, (1, 0))[begin]
     first_frame = torch.searchsorted(frames, frames_before, right=True, out_int32=True)
-    # cu_seqlens ends at T. Where it does not, clamping gives the tokens past its end the last document's facts.
-    document = torch.searchsorted(end, index, right=True, out_int32=True).clamp_max_(len(end) - 1)
+    document = torch.searchsorted(end, index, right=True, out_int32=True)
     facts = begin, end, frames_before, first_frame + FRAME_HEADER - begin
     return [fact.index_select(0, document) for fact in facts]

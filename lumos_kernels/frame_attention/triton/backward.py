@@ -28,16 +28,19 @@ class _Operands(NamedTuple):
     v: Tensor
     grad_o: Tensor
     statistics: Tensor  # fp32 [2, H, padded], by _delta_kernel
+    row_limits: Tensor  # int32, by _delta_kernel
     limits: RowLimits
     scale: float
 
 
-def _statistics(outputs: Outputs, grad: OutputGradients) -> Tensor:
-    """Return fp32 [2, H, padded], see _delta_kernel. One launch; every element is written."""
+def _statistics(inputs: Inputs, outputs: Outputs, grad: OutputGradients, block_m: int) -> tuple[Tensor, Tensor]:
+    """Return the statistics and limits that _delta_kernel writes. One launch; every element is written."""
     o, lse = outputs
+    limits = inputs.limits
     queries, heads, head_dim = o.shape
     padded = triton.cdiv(queries, MAX_BLOCK) * MAX_BLOCK
     result = torch.empty((2, heads, padded), dtype=torch.float32, device=o.device)
+    row_limits = torch.empty((2 * (padded + padded // block_m),), dtype=torch.int32, device=o.device)
     read_or_written = grad.o, o, lse, result, *(() if grad.lse is None else (grad.lse,))
     _delta_kernel[(padded // MAX_BLOCK, heads)](
         grad.o,
@@ -45,20 +48,25 @@ def _statistics(outputs: Outputs, grad: OutputGradients) -> Tensor:
         lse,
         grad.lse,
         result,
+        row_limits,
+        limits.kv_start.contiguous(),
+        limits.kv_end.contiguous(),
         grad.o.stride()[:2],
         o.stride()[:2],
         *((0, 0) if grad.lse is None else grad.lse.stride()),
         queries,
+        limits.num_keys,
         padded,
         heads,
         D=head_dim,
         PADDED_D=padded_head_dim(head_dim),
         BLOCK=MAX_BLOCK,
+        BLOCK_M=block_m,
         INT64=tensors.needs_int64_offsets(*read_or_written),
         num_warps=8,
         enable_fp_fusion=True,
     )
-    return result
+    return result, row_limits
 
 
 def backward(inputs: Inputs, outputs: Outputs, grad: OutputGradients, *, deterministic: bool) -> Gradients:
@@ -86,7 +94,7 @@ def backward_deterministic(
     result = _new_gradients(inputs)
     if inputs.q.numel() and inputs.k.numel():
         with tensors.device_guard(inputs.q):
-            operands = _operands(inputs, outputs, grad, dkdv.descriptors or dq.descriptors)
+            operands = _operands(inputs, outputs, grad, dkdv.block_m, dkdv.descriptors or dq.descriptors)
             _key_pass(dkdv, operands, result, None)
             _query_pass(dq, operands, result.q)
     return result
@@ -104,7 +112,7 @@ def backward_fused(
     dq = result.q
     if inputs.q.numel() and inputs.k.numel():
         with tensors.device_guard(dq):
-            operands = _operands(inputs, outputs, grad, config.descriptors)
+            operands = _operands(inputs, outputs, grad, config.block_m, config.descriptors)
             dq_sum = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
             _key_pass(config, operands, result, dq_sum)
             grid, int64 = (triton.cdiv(dq.numel(), ROUND_BLOCK),), tensors.needs_int64_offsets(dq)
@@ -121,17 +129,18 @@ def _new_gradients(inputs: Inputs) -> Gradients:
     return Gradients(*(allocate(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
 
 
-def _operands(inputs: Inputs, outputs: Outputs, grad: OutputGradients, descriptors: bool) -> _Operands:
+def _operands(inputs: Inputs, outputs: Outputs, grad: OutputGradients, block_m: int, descriptors: bool) -> _Operands:
+    """Return what the kernels read. block_m: the queries of a tile of the kernel that writes dk and dv."""
     q, k, v, limits, scale = inputs
-    statistics, grad_o = _statistics(outputs, grad), grad.o
+    (statistics, row_limits), grad_o = _statistics(inputs, outputs, grad, block_m), grad.o
     if descriptors:
         q, k, v, grad_o = map(describable, (q, k, v, grad_o))
-    return _Operands(q, k, v, grad_o, statistics, limits, scale)
+    return _Operands(q, k, v, grad_o, statistics, row_limits, limits, scale)
 
 
 def _key_pass(config: Config, operands: _Operands, result: Gradients, dq_sum: Tensor | None) -> None:
     """Write dk and dv, and add to dq_sum where it is given."""
-    q, k, v, grad_o, statistics, limits, scale = operands
+    q, k, v, grad_o, statistics, row_limits, limits, scale = operands
     keys, kv_heads, head_dim = k.shape
     heads = q.shape[1]
     m, n = config.block_m, config.block_n
@@ -147,6 +156,7 @@ def _key_pass(config: Config, operands: _Operands, result: Gradients, dq_sum: Te
     _key_kernel[(triton.cdiv(keys, n) * kv_heads,)](
         *views,
         statistics,
+        row_limits,
         limits.q_start.contiguous(),
         limits.q_end.contiguous(),
         *strides,
@@ -164,7 +174,7 @@ def _key_pass(config: Config, operands: _Operands, result: Gradients, dq_sum: Te
 
 
 def _query_pass(config: Config, operands: _Operands, dq: Tensor) -> None:
-    q, k, v, grad_o, statistics, limits, scale = operands
+    q, k, v, grad_o, statistics, _, limits, scale = operands
     queries, heads, head_dim = q.shape
     keys, kv_heads, _ = k.shape
     group = heads // kv_heads

@@ -14,34 +14,52 @@ import triton
 import triton.language as tl
 
 from ... import kernel_types as kt
-from .primitives import LOG2_E, head_offset, load_tile, pointer_tile, row_limits, store_tile, tile_bounds, work_item
+from .primitives import (
+    LOG2_E,
+    head_offset,
+    load_tile,
+    pointer_tile,
+    row_limits,
+    store_tile,
+    visible_range,
+    whole_range,
+    work_item,
+)
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
-@triton.jit(do_not_specialize=["queries", "padded", "grad_lse_stride_h", "grad_lse_stride_t"])
+@triton.jit(do_not_specialize=["queries", "keys", "padded", "grad_lse_stride_h", "grad_lse_stride_t"])
 def _delta_kernel(
     grad_o: kt.Pointer,
     o: kt.Pointer,
     lse_ptr: kt.Pointer,
     grad_lse_ptr: kt.Pointer,
     statistics_ptr: kt.Pointer,
+    limits_ptr: kt.Pointer,
+    kv_start_ptr: kt.Pointer,
+    kv_end_ptr: kt.Pointer,
     grad_o_strides: kt.Scalar,
     o_strides: kt.Scalar,
     grad_lse_stride_h: kt.Scalar,
     grad_lse_stride_t: kt.Scalar,
     queries: kt.Scalar,
+    keys: kt.Scalar,
     padded: kt.Scalar,
     heads: kt.Scalar,
     D: tl.constexpr,
     PADDED_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     INT64: tl.constexpr,
 ) -> None:
-    """Write the statistics fp32 [2, H, padded]: lse in base 2, then delta.
+    """Write the statistics fp32 [2, H, padded], lse in base 2, then delta, and the limits for _key_kernel.
 
-    The loops load both without a mask. So a row without keys and the rows past the last one get lse = +inf and
-    delta = 0: p = exp2(s - inf) is 0 even before it is masked.
+    These are one array of int32: for each tile of BLOCK_M queries the range of keys that all of them see, [2, tiles],
+    then the clamped limits of each query, [2, padded].
+
+    The loops load the statistics without a mask. So a row without keys and the rows past the last one get lse = +inf
+    and delta = 0: p = exp2(s - inf) is 0 even before it is masked.
     """
     first, head = tl.program_id(0) * BLOCK, tl.program_id(1)
     do = load_tile(grad_o, grad_o_strides, first, head, queries, D, BLOCK, PADDED_D, False, INT64)
@@ -60,6 +78,16 @@ def _delta_kernel(
     at = statistics_ptr + head_offset(head, padded, INT64) + row
     tl.store(at, tl.where(keyless, float("inf"), lse * _LOG2_E))
     tl.store(at + head_offset(heads, padded, INT64), tl.where(keyless, 0.0, delta))
+    if head == 0:
+        for tile in tl.static_range(BLOCK // BLOCK_M):
+            i = first + tile * BLOCK_M
+            start, end = row_limits(kv_start_ptr, kv_end_ptr, i, queries, keys, BLOCK_M)
+            whole_low, whole_high = whole_range(start, end, i, queries, keys, BLOCK_M)
+            tl.store(limits_ptr + i // BLOCK_M, whole_low)
+            tl.store(limits_ptr + (padded + i) // BLOCK_M, whole_high)
+            of_rows = limits_ptr + 2 * padded // BLOCK_M + i + tl.arange(0, BLOCK_M)
+            tl.store(of_rows, start)
+            tl.store(of_rows + padded, end)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "padded", "per_section"])
@@ -72,6 +100,7 @@ def _key_kernel(
     dv: kt.Descriptor,
     dq: kt.Descriptor,
     statistics_ptr: kt.Pointer,
+    limits_ptr: kt.Pointer,
     q_start_ptr: kt.Pointer,
     q_end_ptr: kt.Pointer,
     q_strides: kt.Scalar,
@@ -101,15 +130,13 @@ def _key_kernel(
     """Write dk and dv of a key tile. FUSED: also add the tile's part of dq to fp32 memory.
 
     Everything is transposed, keys x queries: p and ds come out of their matmuls as the left operands of dv and dk, and
-    go into them from registers.
+    go into them from registers. q_start and q_end only bound the loop. What is masked follows from the limits of each
+    query, which _delta_kernel wrote.
     """
     tile, kv_head = work_item(tl.program_id(0), tl.cdiv(keys, BLOCK_N), kv_heads, per_section)
     first = tile * BLOCK_N  # heaviest first: the first keys of a video are seen by the most queries
-    low, high, inner_low, inner_high = tile_bounds(q_start_ptr, q_end_ptr, first, keys, BLOCK_N, BLOCK_M)
-    # Rows past the last key must not reach dq, and their p = exp2(0 - lse) may be infinite. A tile with such rows masks
-    # all its pairs: it counts no tile of queries as whole.
-    if first + BLOCK_N > keys:
-        inner_high = inner_low
+    start_of_key, end_of_key = row_limits(q_start_ptr, q_end_ptr, first, keys, queries, BLOCK_N)
+    low, high = visible_range(start_of_key, end_of_key, queries, BLOCK_M)
     k_tile = load_tile(k, k_strides, first, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
     v_tile = load_tile(v, v_strides, first, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
     dk_sum = tl.zeros([BLOCK_N, PADDED_D], tl.float32)
@@ -118,6 +145,8 @@ def _key_kernel(
         lse_ptr = statistics_ptr + head_offset(head, padded, INT64)
         delta_ptr = lse_ptr + head_offset(kv_heads * group, padded, INT64)
         for i in tl.range(low, high, BLOCK_M):
+            whole_low = tl.load(limits_ptr + i // BLOCK_M)
+            whole_high = tl.load(limits_ptr + (padded + i) // BLOCK_M)
             q_tile = load_tile(q, q_strides, i, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
             do = load_tile(grad_o, grad_o_strides, i, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
             row = i + tl.arange(0, BLOCK_M)
@@ -128,10 +157,14 @@ def _key_kernel(
             dp = tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M))
             dp = tl.dot(v_tile, do.T, dp, input_precision=PRECISION)
             p = tl.exp2(s * scale_log2 - lse[None, :])
-            if (i < inner_low) | (i >= inner_high):
-                # Loaded here and not before the loop, because registers are scarce.
-                start, end = row_limits(q_start_ptr, q_end_ptr, first, keys, BLOCK_N)
-                p = tl.where((row[None, :] >= start[:, None]) & (row[None, :] < end[:, None]), p, 0.0)
+            # Rows past the last key must not reach dq, and their p = exp2(0 - lse) may be infinite. A tile with such
+            # rows is always masked: no whole range goes beyond the last key.
+            if (first < whole_low) | (first + BLOCK_N > whole_high):
+                # Loaded here and not before the matmuls, because registers are scarce.
+                of_rows = limits_ptr + 2 * padded // BLOCK_M + row
+                start, end = tl.load(of_rows), tl.load(of_rows + padded)
+                key = (first + tl.arange(0, BLOCK_N))[:, None]
+                p = tl.where((key >= start[None, :]) & (key < end[None, :]), p, 0.0)
             dv_sum = tl.dot(p.to(do.dtype), do, dv_sum, input_precision=PRECISION)
             ds = (p * dp).to(q_tile.dtype)
             if FUSED:
@@ -195,8 +228,9 @@ def _query_kernel(
     tiles = tl.cdiv(queries, BLOCK_M)
     tile, head = work_item(tl.program_id(0), tiles, heads, per_section)
     first = (tiles - 1 - tile) * BLOCK_M
-    low, high, inner_low, inner_high = tile_bounds(kv_start_ptr, kv_end_ptr, first, queries, BLOCK_M, BLOCK_N)
-    start, end = row_limits(kv_start_ptr, kv_end_ptr, first, queries, BLOCK_M)
+    start, end = row_limits(kv_start_ptr, kv_end_ptr, first, queries, keys, BLOCK_M)
+    low, high = visible_range(start, end, keys, BLOCK_N)
+    whole_low, whole_high = whole_range(start, end, first, queries, keys, BLOCK_M)
     q_tile = load_tile(q, q_strides, first, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
     do = load_tile(grad_o, grad_o_strides, first, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
     at = statistics_ptr + head_offset(head, padded, INT64) + first + tl.arange(0, BLOCK_M)
@@ -210,7 +244,7 @@ def _query_kernel(
         s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         dp = tl.dot(do, v_tile.T, input_precision=PRECISION)
         p = tl.exp2(s * scale_log2 - lse)
-        if (j < inner_low) | (j >= inner_high):
+        if (j < whole_low) | (j + BLOCK_N > whole_high):
             key = (j + tl.arange(0, BLOCK_N))[None, :]
             p = tl.where((key >= start[:, None]) & (key < end[:, None]), p, 0.0)
         ds = (p * (dp - delta)).to(k_tile.dtype)

@@ -27,7 +27,8 @@ from .primitives import (
     load_tile,
     row_limits,
     store_tile,
-    tile_bounds,
+    visible_range,
+    whole_range,
     work_item,
 )
 
@@ -65,8 +66,9 @@ def _forward_kernel(
     tiles = tl.cdiv(queries, BLOCK_M)
     tile, head = work_item(tl.program_id(0), tiles, heads, per_section)
     first = (tiles - 1 - tile) * BLOCK_M  # heaviest first: the last tile of a video sees the most keys
-    low, high, inner_low, inner_high = tile_bounds(kv_start_ptr, kv_end_ptr, first, queries, BLOCK_M, BLOCK_N)
-    start, end = row_limits(kv_start_ptr, kv_end_ptr, first, queries, BLOCK_M)
+    start, end = row_limits(kv_start_ptr, kv_end_ptr, first, queries, keys, BLOCK_M)
+    low, high = visible_range(start, end, keys, BLOCK_N)
+    whole_low, whole_high = whole_range(start, end, first, queries, keys, BLOCK_M)
     q_tile = load_tile(q, q_strides, first, head, queries, D, BLOCK_M, PADDED_D, RANK, INT64)
     kv_head = head // group
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)  # m
@@ -76,7 +78,7 @@ def _forward_kernel(
         k_tile = load_tile(k, k_strides, j, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
         v_tile = load_tile(v, v_strides, j, kv_head, keys, D, BLOCK_N, PADDED_D, RANK, INT64)
         s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-        if (j < inner_low) | (j >= inner_high):
+        if (j < whole_low) | (j + BLOCK_N > whole_high):
             key = (j + tl.arange(0, BLOCK_N))[None, :]
             s = tl.where((key >= start[:, None]) & (key < end[:, None]), s, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(s, 1) * scale_log2)

@@ -103,36 +103,39 @@ def work_item(
 
 
 @triton.jit
-def tile_bounds(
-    start_ptr: kt.Pointer,
-    end_ptr: kt.Pointer,
-    first: kt.Scalar,
-    rows: kt.Scalar,
-    BLOCK: tl.constexpr,
-    OTHER_BLOCK: tl.constexpr,
-) -> tuple[kt.Scalar, kt.Scalar, kt.Scalar, kt.Scalar]:
-    """Return what the tile of rows first .. first + BLOCK - 1 sees of the other side: low, high, inner_low, inner_high.
+def row_limits(
+    start_ptr: kt.Pointer, end_ptr: kt.Pointer, first: kt.Scalar, rows: kt.Scalar, most: kt.Scalar, BLOCK: tl.constexpr
+) -> tuple[kt.Block, kt.Block]:  # fmt: skip
+    """Return the start and end of rows first .. first + BLOCK - 1, int32 [BLOCK] each, clamped to 0 .. most.
 
-    The visible range is [low, high). In the tiles of OTHER_BLOCK rows that make up [inner_low, inner_high) every pair
-    is visible, so they need no mask. All four are multiples of OTHER_BLOCK but high.
-
-    The limits (int32 [rows]) never fall. So the first and the last row of the tile hold the extremes of all its rows.
+    The clamp keeps the loops inside the tensors, whatever the limits are. Rows past the last one see nothing.
     """
-    last = tl.minimum(first + BLOCK, rows) - 1
-    high = tl.load(end_ptr + last)
-    low = tl.load(start_ptr + first) // OTHER_BLOCK * OTHER_BLOCK
-    inner_low = tl.cdiv(tl.load(start_ptr + last), OTHER_BLOCK) * OTHER_BLOCK
-    inner_high = tl.load(end_ptr + first) // OTHER_BLOCK * OTHER_BLOCK
-    return low, high, inner_low, inner_high
+    row = first + tl.arange(0, BLOCK)
+    start = tl.load(start_ptr + row, mask=row < rows, other=0)
+    end = tl.load(end_ptr + row, mask=row < rows, other=0)
+    return tl.minimum(tl.maximum(start, 0), most), tl.minimum(tl.maximum(end, 0), most)
 
 
 @triton.jit
-def row_limits(
-    start_ptr: kt.Pointer, end_ptr: kt.Pointer, first: kt.Scalar, rows: kt.Scalar, BLOCK: tl.constexpr
-) -> tuple[kt.Block, kt.Block]:
-    """Return the start and end of each row, int32 [BLOCK] each. Rows past the last one see nothing."""
+def visible_range(
+    start: kt.Block, end: kt.Block, most: kt.Scalar, OTHER_BLOCK: tl.constexpr
+) -> tuple[kt.Scalar, kt.Scalar]:
+    """Return low and high: a tile whose rows have these limits sees nothing outside [low, high) of the other side.
+
+    low is a multiple of OTHER_BLOCK. The rows may come in any order, and those that see nothing do not count.
+    """
+    sees = start < end
+    low = tl.min(tl.where(sees, start, most), 0) // OTHER_BLOCK * OTHER_BLOCK
+    return low, tl.max(tl.where(sees, end, 0), 0)
+
+
+@triton.jit
+def whole_range(
+    start: kt.Block, end: kt.Block, first: kt.Scalar, rows: kt.Scalar, most: kt.Scalar, BLOCK: tl.constexpr
+) -> tuple[kt.Scalar, kt.Scalar]:  # fmt: skip
+    """Return the range of which every row first .. first + BLOCK - 1 sees all. Rows past the last one do not count."""
     row = first + tl.arange(0, BLOCK)
-    return tl.load(start_ptr + row, mask=row < rows, other=0), tl.load(end_ptr + row, mask=row < rows, other=0)
+    return tl.max(start, 0), tl.min(tl.where(row < rows, end, most), 0)
 
 
 def describable(x: Tensor) -> Tensor:
