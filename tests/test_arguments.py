@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lumos_kernels import masked_sample, mm_rope, tube_masked_loss
+from lumos_kernels import FrameLayout, Text, frame_attention, masked_sample, mm_rope, tube_masked_loss
 from lumos_kernels.testing import assert_bitwise_equal
 
 X = torch.randn(3, 2, 32)
@@ -54,3 +54,9 @@ def test_what_is_no_tensor_is_refused_by_name():
         tube_masked_loss(HIDDEN, LM_HEAD, [5, 6, 7, 8], classes=(5, 10))
     with pytest.raises(ValueError, match=r"weight must be a tensor \[V, C\] with C = 8; got NoneType"):
         masked_sample(HIDDEN, None, None, classes=(5, 10))
+
+
+def test_a_layout_is_no_row_limits():
+    layout = FrameLayout.from_segments([[Text(3)]])
+    with pytest.raises(ValueError, match=r"limits must be RowLimits, e.g. FrameLayout.limits; got FrameLayout"):
+        frame_attention(X, X, X, layout)

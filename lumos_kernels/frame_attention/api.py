@@ -89,6 +89,8 @@ def frame_attention(
     require_same("v", v, "q", q)
     if kv_heads == 0 or q_heads % kv_heads:
         raise ValueError(f"the kv heads of k and v must divide the heads of q; got {kv_heads} and {q_heads}")
+    if not isinstance(limits, RowLimits):
+        raise ValueError(f"limits must be RowLimits, e.g. FrameLayout.limits; got {describe(limits)}")
     for name in ("kv_start", "kv_end", "q_start", "q_end"):
         limit = getattr(limits, name)
         require_shape(f"limits.{name}", limit, "Tq" if name.startswith("kv") else "Tk", Tq=queries, Tk=keys)
