@@ -113,6 +113,8 @@ def tube_masked_loss(
     """
     _check(hidden, weight, labels, classes, reduction, token_weight, rows)
     first, last = classes
+    if not torch.is_grad_enabled():  # an autograd.Function would be told to make gradients all the same
+        hidden, weight = hidden.detach(), weight.detach()
     if token_weight is not None:
         token_weight = token_weight.detach().to(torch.promote_types(hidden.dtype, torch.float32))
     if reduction == "none":
