@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lumos_kernels.token_ids import NEW_LINE
 from lumos_kernels.tube_masked_loss import TubeLossStats
 from lumos_kernels.tube_masked_loss.target_rows import IGNORED, target_rows
-from lumos_kernels.token_ids import NEW_LINE
 
 logger = logging.getLogger("lumos")
 
@@ -78,7 +78,7 @@ def class_loss(
     """
     lender = _lender(head)
     if (lender is None or lender.adapters) and not torch.compiler.is_compiling():
-        target_rows(labels_T, options.get("rows"), *classes)  # refuses what the op refuses, in terms of the whole labels
+        target_rows(labels_T, options.get("rows"), *classes)  # refuses what the op would, of labels not shifted
     if lender is None:
         impl, _ = options.pop("impl", "auto"), options.pop("rows", None)
         if impl not in ("auto", "reference"):

@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..errors import FLOATS, describe, require_dtype, require_same, require_shape
+from ..errors import FLOATS, describe, require_dtype, require_number, require_same, require_shape
 from ..layout import RowLimits
 from .contract import Inputs
 from .ops import attend
@@ -87,11 +87,15 @@ def frame_attention(
     require_same("v", v, "q", q)
     if kv_heads == 0 or q_heads % kv_heads:
         raise ValueError(f"the kv heads of k and v must divide the heads of q; got {kv_heads} and {q_heads}")
+    if not isinstance(limits, RowLimits):
+        raise ValueError(f"limits must be RowLimits; got {describe(limits)}")
     for name in ("kv_start", "kv_end", "q_start", "q_end"):
         limit = getattr(limits, name)
         require_shape(f"limits.{name}", limit, "Tq" if name.startswith("kv") else "Tk", Tq=queries, Tk=keys)
         require_dtype(f"limits.{name}", limit, (torch.int32,))
         require_same(f"limits.{name}", limit, "q", q, dtypes=False)
+    if scale is not None:
+        require_number("scale", scale, "None or a finite number")
     scale = head_dim**-0.5 if scale is None else float(scale)
     o, lse = attend(Inputs(q, k, v, limits, scale), deterministic, impl)
     return (o, lse) if return_lse else o
