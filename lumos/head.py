@@ -231,7 +231,7 @@ def _lora_adapters(layer: nn.Module) -> list[tuple[Any, ...]] | None:
             continue
         parts = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         variant = name in getattr(layer, "lora_variant", ())
-        if variant or any(_has_hooks(part) for part in parts) or any(type(part) is not nn.Linear for part in parts[:2]):
+        if variant or any(type(part) is not nn.Linear for part in parts[:2]) or any(map(_has_hooks, parts)):
             return None
         if parts[1].bias is not None:
             return None
