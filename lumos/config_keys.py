@@ -37,7 +37,11 @@ COMPUTING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("position_embedding_type", "pos_embedding_type"), ("rope", "rotary", None)),
     **dict.fromkeys(("norm_type", "normalization_type"), ("rms_norm", "rmsnorm", None)),
     **dict.fromkeys(("use_rope", "use_rotary", "use_rms_norm", "rms_norm", "scale_attn_weights"), (True, None)),
-    "multi_query": (False, None),
+    # Off, each of these is another network: a family's rule, off is neutral, would let it pass.
+    **dict.fromkeys(("causal", "is_causal", "use_causal_mask", "causal_attention"), (True, None)),
+    **dict.fromkeys(("rope", "rotary", "use_rotary_embedding", "use_rotary_embeddings"), (True, None)),
+    **dict.fromkeys(("pre_norm", "gated_mlp", "use_gated_mlp", "use_glu", "glu", "use_swiglu"), (True, None)),
+    **dict.fromkeys(("bidirectional", "use_bidirectional_attention", "multi_query"), (False, None)),
     # Each replaces 1 / sqrt(head_dim): no number leaves the scores as they are.
     **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "attention_scale", "attn_scale"), (None,)),
     **dict.fromkeys((*_NESTED, "quantization_config", "sliding_window", "softmax_scale"), (None,)),
@@ -50,7 +54,9 @@ RENAMED: dict[str, str] = {
     **dict.fromkeys(("n_head", "n_heads", "num_heads"), "num_attention_heads"),
     **dict.fromkeys(("n_head_kv", "n_kv_heads", "num_kv_heads", "num_query_groups"), "num_key_value_heads"),
     **dict.fromkeys(("kv_channels", "attention_head_dim", "head_size", "d_head", "d_kv", "v_head_dim"), "head_dim"),
-    **dict.fromkeys(("rope_base", "rotary_base", "rotary_emb_base", "rope_freq_base", "theta"), "rope_theta"),
+    **dict.fromkeys(
+        ("rope_base", "rotary_base", "rotary_emb_base", "rope_freq_base", "freq_base", "theta"), "rope_theta"
+    ),
     **dict.fromkeys(("norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon"), "rms_norm_eps"),
     **dict.fromkeys(("layernorm_eps", "layernorm_epsilon", "rms_norm_epsilon", "rms_eps", "eps"), "rms_norm_eps"),
     **dict.fromkeys(("hidden_activation", "activation_function", "activation", "act_fn"), "hidden_act"),
@@ -110,6 +116,8 @@ def read_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     The rope_theta in rope_parameters or rope_scaling becomes the official key of that name, dtype becomes torch_dtype.
     ValueError names a rotation that Lumos-1 does not have, and two spellings that contradict each other.
     """
+    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+        raise ValueError(f"config must be a mapping with texts as keys, got {config!r}")
     read = dict(config)
     for name in _ROPE:
         if name not in read:
@@ -220,7 +228,7 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def _in_family(name: str) -> bool:
-    return _FAMILIES.search(name) is not None and _BOOKKEEPING.fullmatch(name) is None
+    return _FAMILIES.search(name.lower()) is not None and _BOOKKEEPING.fullmatch(name) is None
 
 
 def _is_off(name: str, value: Any) -> bool:

@@ -194,7 +194,9 @@ class _Group:
     def __init__(self, model: Lumos, documents: Sequence[Prompt], sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
         self.device = next(model.parameters()).device
-        self.weight, self.first, self.dtype = sampling_weight(model)
+        self.weight, self.first, dtype = sampling_weight(model)
+        autocast = torch.is_autocast_enabled(self.device.type)  # keys and values come out of matrix products
+        self.dtype = torch.get_autocast_dtype(self.device.type) if autocast else dtype
         self.classes = tuple(end - self.first for end in model.config.classes)
         self.documents = list(documents)
         self.lanes: list[_Lane] = []

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lumos_kernels.token_ids import NEW_LINE
 from lumos_kernels.tube_masked_loss import TubeLossStats
+from lumos_kernels.tube_masked_loss.target_rows import IGNORED, target_rows
 
 logger = logging.getLogger("lumos")
 
@@ -75,6 +77,8 @@ def class_loss(
     plain PyTorch: ValueError where impl names another implementation than "reference".
     """
     lender = _lender(head)
+    if (lender is None or lender.adapters) and not torch.compiler.is_compiling():
+        target_rows(labels_T, options.get("rows"), *classes)  # refuses what the op would, of labels not shifted
     if lender is None:
         impl, _ = options.pop("impl", "auto"), options.pop("rows", None)
         if impl not in ("auto", "reference"):
@@ -86,7 +90,10 @@ def class_loss(
         return _loss_of_logits(head, hidden.flatten(0, -2), labels_T, classes, **options)
 
     def use(hidden: Tensor, weight: Tensor, first: int) -> tuple[Tensor, TubeLossStats]:
-        labels = labels_T - first if first else labels_T
+        labels = labels_T
+        if first:
+            ignored = (labels_T == IGNORED) | (labels_T == NEW_LINE)
+            labels = torch.where(ignored, IGNORED, labels_T - first)
         shifted = classes[0] - first, classes[1] - first
         return op(hidden.flatten(0, -2), weight, labels, classes=shifted, return_stats=True, **options)
 
@@ -224,7 +231,7 @@ def _lora_adapters(layer: nn.Module) -> list[tuple[Any, ...]] | None:
             continue
         parts = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         variant = name in getattr(layer, "lora_variant", ())
-        if variant or any(_has_hooks(part) for part in parts) or any(type(part) is not nn.Linear for part in parts[:2]):
+        if variant or any(type(part) is not nn.Linear for part in parts[:2]) or any(map(_has_hooks, parts)):
             return None
         if parts[1].bias is not None:
             return None

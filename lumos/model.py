@@ -10,6 +10,7 @@ H query heads, K key/value heads, D head_dim, F frames.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from lumos.head import LMHead, class_logits, class_loss
 from lumos.output import LumosOutput as LumosOutput
 from lumos.stream import ContextExchange, Stream, check_impl, choose_impl, own_layout
 from lumos_kernels import FrameLayout, frame_attention, mm_rope, tube_masked_loss
+from lumos_kernels.errors import describe, is_number, require_number
 
 QK_NORM_EPS = 1e-5
 
@@ -273,6 +275,8 @@ class Lumos(nn.Module):
         config.max_position_embeddings (upstream cuts them silently). Documents of a packed stream are measured
         where the layout is on the CPU: on a GPU that would make the host wait.
         """
+        if decay_start is not None:
+            require_number("decay_start", decay_start, "None or a finite number")
         layout = self._checked_layout(input_ids, layout, 1 if context is None else context.size)
         weight_T = None if labels is None or decay_start is None else frame_decay(layout, decay_start)
         if context is not None:
@@ -282,6 +286,8 @@ class Lumos(nn.Module):
         hidden = self.model(input_ids, stream)
         output = LumosOutput(None, hidden, layout)
         if labels is not None:
+            if not isinstance(labels, Tensor):
+                raise ValueError(f"labels must be None or a tensor, got {describe(labels)}")
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels must have the shape of input_ids {[*input_ids.shape]}, got {[*labels.shape]}")
             z_loss_weight = self.config.z_loss_weight if z_loss_weight is None else z_loss_weight
@@ -310,7 +316,8 @@ class Lumos(nn.Module):
         weight_T: Tensor | None,
     ) -> None:
         """Fills loss, nll and targets."""
-        if focal_gamma != 0 and focal_gamma < 1:
+        require_number("z_loss_weight", z_loss_weight, "a finite number")
+        if not is_number(focal_gamma) or not (focal_gamma == 0 or 1 <= focal_gamma < math.inf):
             raise ValueError(
                 f"focal_gamma must be 0 or >= 1 (its gradient at p = 1 is infinite below), got {focal_gamma}"
             )
@@ -336,6 +343,10 @@ class Lumos(nn.Module):
         output.loss, output.nll = loss, stats.nll.detach()
 
     def _checked_layout(self, input_ids: Tensor, layout: FrameLayout | None, ranks: int) -> FrameLayout:
+        if not isinstance(input_ids, Tensor):
+            raise ValueError(f"input_ids must be a tensor [B, L] or [T], got {describe(input_ids)}")
+        if layout is not None and not isinstance(layout, FrameLayout):
+            raise ValueError(f"layout must be None or a FrameLayout, got {describe(layout)}")
         if layout is None:
             if ranks > 1:
                 raise ValueError("context needs layout, that of the whole stream: input_ids are a part of it")

@@ -43,7 +43,8 @@ class LumosOutput:
         """
         if self.nll is None:
             raise ValueError("frame losses need labels: call the model with labels=")
-        frame_T = torch.where(self.targets, self.layout.frame_index, num_frames).long()
+        inside_T = self.targets & (self.layout.frame_index >= 0)  # labels of codes may stand on text
+        frame_T = torch.where(inside_T, self.layout.frame_index, num_frames).long()
         sums = self.nll.new_zeros(2, num_frames + 1, dtype=torch.float64)
         sums.index_add_(1, frame_T, torch.stack([self.nll.double(), self.targets.double()]))
         return sums[0, :num_frames], sums[1, :num_frames]

@@ -91,6 +91,11 @@ class Sampling:
             raise ValueError(f"window must be (sink, recent) frames >= 0, at least one in all; got {self.window!r}")
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise ValueError(f"kv_dtype must be None or one of {', '.join(map(str, KV_DTYPES))}, got {self.kv_dtype!r}")
+        if self.kv_device is not None:
+            try:
+                torch.device(self.kv_device)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"kv_device must be None or a torch device, got {self.kv_device!r}") from error
         if self.cuda_graphs and (self.confidence_threshold or self.kv_dtype or self.kv_device):
             raise ValueError(
                 "cuda_graphs needs shapes that are known beforehand and keys that stay in place: not with "
@@ -278,13 +283,14 @@ def read_prompts(
     sampling: Sampling,
 ) -> list[Prompt]:
     """Checks the arguments of generate_tokens together. Raises ValueError naming the one that does not fit."""
-    if isinstance(prompts, Tensor) or not len(prompts):
-        raise ValueError("prompts must be a list of 1-D int64 tensors, one a document, and not empty")
+    if isinstance(prompts, Tensor) or not isinstance(prompts, Sequence) or not len(prompts):
+        raise ValueError(
+            f"prompts must be a list of 1-D int64 tensors, one a document, and not empty; got {_describe(prompts)}"
+        )
     size = len(prompts)
-    one_grid = len(grid) == 2 and all(_is_integer(n) for n in grid)
-    grids = _one_each("grid", [tuple(grid)] * size if one_grid else [tuple(pair) for pair in grid], size)
-    counts = _one_each("frames", [frames] * size if _is_integer(frames) else list(frames), size)
-    seeds = _one_each("seed", [seed + i for i in range(size)] if _is_integer(seed) else list(seed), size)
+    grids = _one_each("grid", [tuple(grid)] * size if _are_two(grid, _is_integer) else grid, size)
+    counts = _one_each("frames", [frames] * size if _is_integer(frames) else frames, size)
+    seeds = _one_each("seed", [seed + i for i in range(size)] if _is_integer(seed) else seed, size)
     return [
         _read(config, number, prompts[number], grids[number], counts[number], seeds[number], sampling)
         for number in range(size)
@@ -303,8 +309,8 @@ def _read(
     name = f"prompts[{number}]"
     if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype != torch.int64 or not len(ids):
         raise ValueError(f"{name} must be a 1-D int64 tensor and not empty, got {_describe(ids)}")
-    if len(grid) != 2 or any(not _is_integer(n) or n < GRID_UNIT or n % GRID_UNIT for n in grid):
-        raise ValueError(f"grid must be (rows, columns) of codes, positive multiples of {GRID_UNIT}; got {grid}")
+    if not _are_two(grid, _is_integer) or any(n < GRID_UNIT or n % GRID_UNIT for n in grid):
+        raise ValueError(f"grid must be (rows, columns) of codes, positive multiples of {GRID_UNIT}; got {grid!r}")
     if not _is_integer(frames) or frames < 1:
         raise ValueError(f"frames must be an integer >= 1, got {frames!r}")
     if not _is_integer(seed) or not 0 <= seed < 2**63:
@@ -353,10 +359,12 @@ def _check_video(name: str, ids: Tensor, prompt: Prompt) -> None:
         raise ValueError(f"{name}: given frames must not hold masked slots ({MASK})")
 
 
-def _one_each(name: str, values: list, size: int) -> list:
+def _one_each(name: str, values: object, size: int) -> list:
+    if not isinstance(values, Sequence):
+        raise ValueError(f"{name} must be one for all {size} documents, or a list with one for each; got {values!r}")
     if len(values) != size:
         raise ValueError(f"{name} must be one for all {size} documents, or one for each; got {len(values)}")
-    return values
+    return list(values)
 
 
 def _is_integer(value: object) -> bool:

@@ -33,7 +33,7 @@ def unwrap_lumos(model: nn.Module) -> Lumos:
     Raises ValueError for another model, for one whose weights are sharded, and for peft's prompt learning, which acts
     outside the model.
     """
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         config = module.active_peft_config if hasattr(type(module), "active_peft_config") else None
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(f"model must not depend on peft's prompt learning to sample, got {type(config).__name__}")
@@ -59,6 +59,8 @@ def _inside_peft(module: Any) -> nn.Module | None:
     peft = sys.modules.get("peft")  # whoever has such a model has imported it
     if peft is None:
         return None
-    if isinstance(module, (peft.PeftModel, peft.PeftMixedModel)):
+    if isinstance(module, peft.PeftModel):
         return module.get_base_model()
+    if isinstance(module, peft.PeftMixedModel):
+        return module.base_model
     return module.model if isinstance(module, peft.tuners.tuners_utils.BaseTuner) else None

@@ -5,6 +5,7 @@ Every function raises a ValueError that names the argument, says what it was and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,6 +74,17 @@ def require_rope_head_dim(head_dim: int) -> None:
         raise ValueError(
             f"head_dim must be a multiple of 32, so that both channels of a rotation pair share an axis; got {head_dim}"
         )
+
+
+def is_number(value: object) -> bool:
+    """Return whether `value` converts to a float, as numbers, those of numpy and tensors of one element do."""
+    return torch.compiler.is_compiling() or hasattr(value, "__float__")  # dynamo cannot ask a symbolic number
+
+
+def require_number(name: str, value: float, allowed: str, above: float = -math.inf) -> None:
+    """Raise ValueError unless `value` is a finite number > above. allowed: those numbers in words."""
+    if not is_number(value) or not above < value < math.inf:
+        raise ValueError(f"{name} must be {allowed}; got {value!r}")
 
 
 def require_classes(classes: tuple[int, int], weight: Tensor) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from lumos_kernels import FrameLayout, Text, frame_attention, masked_sample, mm_rope, tube_masked_loss
+from lumos_kernels import FrameLayout, RowLimits, Text, frame_attention, masked_sample, mm_rope, tube_masked_loss
 from lumos_kernels.testing import assert_bitwise_equal
 
 X = torch.randn(3, 2, 32)
@@ -60,3 +61,35 @@ def test_a_layout_is_no_row_limits():
     layout = FrameLayout.from_segments([[Text(3)]])
     with pytest.raises(ValueError, match=r"limits must be RowLimits, e.g. FrameLayout.limits; got FrameLayout"):
         frame_attention(X, X, X, layout)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1", [1.0]], ids=str)
+def test_options_are_finite_numbers(value):
+    with pytest.raises(ValueError, match="z_loss_weight must be a finite number; got"):
+        tube_masked_loss(HIDDEN, LM_HEAD, LABELS, classes=(5, 10), z_loss_weight=value)
+    with pytest.raises(ValueError, match=r"temperature must be a finite number > 0 .*; got"):
+        masked_sample(HIDDEN, None, LM_HEAD, classes=(5, 10), temperature=value)
+    if value is not None:
+        limits = RowLimits.from_kv(torch.zeros(3, dtype=torch.int32), torch.full((3,), 3, dtype=torch.int32), 3)
+        with pytest.raises(ValueError, match="scale must be None or a finite number; got"):
+            frame_attention(X, X, X, limits, scale=value)
+        with pytest.raises(ValueError, match="guidance_scale must be None or a finite number; got"):
+            masked_sample(HIDDEN, HIDDEN, LM_HEAD, classes=(5, 10), guidance_scale=value)
+    if value != float("inf"):
+        for options in ({"theta": value}, {"eps": value}):
+            with pytest.raises(ValueError, match="theta must be > 0 and eps >= 0; got"):
+                mm_rope(X, X, POSITIONS, **options)
+
+
+def test_numbers_of_numpy_serve_as_options():
+    two = np.float32(2)
+    expected = masked_sample(HIDDEN, 2 * HIDDEN, LM_HEAD, classes=(5, 10), guidance_scale=2.0, greedy=True)
+    got = masked_sample(HIDDEN, 2 * HIDDEN, LM_HEAD, classes=(5, 10), guidance_scale=two, greedy=True)
+    assert_bitwise_equal(got[1], expected[1])
+
+
+def test_limits_and_generators_are_what_they_must_be():
+    with pytest.raises(ValueError, match=r"limits must be RowLimits, .*; got NoneType"):
+        frame_attention(X, X, X, None)
+    with pytest.raises(ValueError, match=r"generator must be None or a torch\.Generator; got int"):
+        masked_sample(HIDDEN, None, LM_HEAD, classes=(5, 10), generator=5)

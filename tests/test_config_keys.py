@@ -184,6 +184,12 @@ REFUSED = {
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "output_softcap"), (30.0, 1)),
     **dict.fromkeys(("num_experts", "n_routed_experts", "kv_lora_rank", "num_nextn_predict_layers"), (8, 1)),
     **dict.fromkeys(("rope_local_base_freq", "rope_interleave", "no_rope_layers", "attention_chunk_size"), (10000,)),
+    **dict.fromkeys(
+        ("causal", "is_causal", "pre_norm", "gated_mlp", "glu", "rope", "use_rotary_embedding"), (False, 0)
+    ),
+    **dict.fromkeys(
+        ("RopeTheta", "ROPE_THETA", "ropeScaling", "numExperts", "use_bidirectional_attention"), (5.0, True)
+    ),
     **dict.fromkeys(("norm_topk_prob", "use_parallel_residual", "lm_head_bias", "use_sliding_window"), (True,)),
 }
 
@@ -204,6 +210,8 @@ NEUTRAL = {
     "sliding_window": (None,),
     "quantization_config": (None,),
     "use_qk_norm": (True, None),
+    **dict.fromkeys(("is_causal", "gated_mlp", "rope"), (True, None)),
+    "use_bidirectional_attention": (False, None),
     "hidden_act": ("silu", "swish"),
     **dict.fromkeys(("logits_scaling", "residual_multiplier", "embedding_multiplier"), (1, 1.0, 0, None)),
     **dict.fromkeys(
@@ -266,3 +274,9 @@ def test_files_name_themselves(tmp_path):
         file.write_text(content)
         with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
             LumosConfig.from_json_file(file)
+
+
+@pytest.mark.parametrize("config", [None, [1], "x", {**SIZES, 5: 1}], ids=str)
+def test_what_is_no_mapping_of_texts_is_no_config(config):
+    with pytest.raises(ValueError, match="config must be a mapping with texts as keys, got"):
+        LumosConfig.from_dict(config)

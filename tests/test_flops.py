@@ -111,3 +111,14 @@ assert not [finder for finder in sys.meta_path if type(finder).__module__.starts
 assert not type(flop_counter.__loader__).__module__.startswith("lumos_kernels")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_loss_makes_logits_alone(mode, reduction):
+    hidden, weight = torch.randn(4, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    labels = torch.tensor([-100, 20, 21, 5])
+    with mode():
+        assert counted(lambda: tube_masked_loss(hidden, weight, labels, classes=(10, 40), reduction=reduction)) == (
+            2 * 2 * 16 * 30
+        )

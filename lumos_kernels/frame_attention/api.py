@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..errors import FLOATS, describe, require_dtype, require_same, require_shape
+from ..errors import FLOATS, describe, require_dtype, require_number, require_same, require_shape
 from ..layout import RowLimits
 from .contract import Inputs
 from .ops import attend
@@ -96,6 +96,8 @@ def frame_attention(
         require_shape(f"limits.{name}", limit, "Tq" if name.startswith("kv") else "Tk", Tq=queries, Tk=keys)
         require_dtype(f"limits.{name}", limit, (torch.int32,))
         require_same(f"limits.{name}", limit, "q", q, dtypes=False)
+    if scale is not None:
+        require_number("scale", scale, "None or a finite number")
     scale = head_dim**-0.5 if scale is None else float(scale)
     o, lse = attend(Inputs(q, k, v, limits, scale), deterministic, impl)
     return (o, lse) if return_lse else o

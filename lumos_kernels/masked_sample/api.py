@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ..errors import FLOATS, require_classes, require_dtype, require_same, require_shape
+from ..errors import FLOATS, describe, require_classes, require_dtype, require_number, require_same, require_shape
 from ..token_ids import VISUAL_CLASSES
 from . import ops  # noqa: F401  # defines torch.ops.lumos_kernels.masked_sample
 
@@ -63,12 +61,12 @@ def masked_sample(
     require_dtype("weight", weight, FLOATS)
     require_same("weight", weight, "hidden_cond", hidden_cond, dtypes=False)
     require_classes(classes, weight)
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature must be a finite number > 0 (greedy=True takes the most probable token); got {temperature}"
-        )
-    if guidance_scale is not None and not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be None or a finite number; got {guidance_scale}")
+    above_0 = "a finite number > 0 (greedy=True takes the most probable token)"
+    require_number("temperature", temperature, above_0, above=0)
+    if guidance_scale is not None:
+        require_number("guidance_scale", guidance_scale, "None or a finite number")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be None or a torch.Generator; got {describe(generator)}")
     if guidance_scale is None or guidance_scale == 1:
         guidance_scale, hidden_uncond = 1.0, None
     elif hidden_uncond is None:

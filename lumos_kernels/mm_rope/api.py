@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import FLOATS, describe, require_dtype, require_rope_head_dim, require_same, require_shape
+from ..errors import FLOATS, describe, is_number, require_dtype, require_rope_head_dim, require_same, require_shape
 from .ops import rotate
 
 
@@ -51,7 +51,8 @@ def mm_rope(
     require_shape("positions", positions, "3, T", T=tokens)
     require_dtype("positions", positions, (torch.int32,))
     require_same("positions", positions, "q", q, dtypes=False)
-    if not theta > 0 or not eps >= 0:
+    numbers = is_number(theta) and is_number(eps)
+    if not numbers or not theta > 0 or not eps >= 0:
         raise ValueError(f"theta must be > 0 and eps >= 0; got {theta} and {eps}")
     for name, norm, heads in (("q_norm", q_norm, q_heads), ("k_norm", k_norm, k.shape[1])):
         if norm is not None:

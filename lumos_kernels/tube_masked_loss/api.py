@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..errors import FLOATS, INTEGERS, require_classes, require_dtype, require_same, require_shape
+from ..errors import FLOATS, INTEGERS, require_classes, require_dtype, require_number, require_same, require_shape
 from ..token_ids import VISUAL_CLASSES
 from .ops import row_losses, row_statistics, summed_loss
 from .target_rows import is_target
@@ -112,7 +112,10 @@ def tube_masked_loss(
     zeros from its mean.
     """
     _check(hidden, weight, labels, classes, reduction, token_weight, rows)
+    require_number("z_loss_weight", z_loss_weight, "a finite number")
     first, last = classes
+    if not torch.is_grad_enabled():  # an autograd.Function would be told to make gradients all the same
+        hidden, weight = hidden.detach(), weight.detach()
     if token_weight is not None:
         token_weight = token_weight.detach().to(torch.promote_types(hidden.dtype, torch.float32))
     if reduction == "none":
