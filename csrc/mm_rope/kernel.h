@@ -204,35 +204,42 @@ class MMRopeKernel {
     return means;
   }
 
-  /// Subtracts the mean of each head from it.
+  /// Returns what is to be subtracted from each head to centre it, given its rounded mean.
   ///
   /// The rounded mean is off by some units in the last place of x. On a constant row that is all that is left of it, and
-  /// rstd = eps^-1/2 makes it 300 times larger. So for fp32 the mean of what is left is subtracted as well. In half
-  /// precision the result's own rounding is larger.
+  /// rstd = eps^-1/2 makes it 300 times larger. So for fp32 this subtracts the rounded mean, and returns the mean of what
+  /// is left. In half precision the result's own rounding is larger, and x stays as it is.
   template <int kHeads>
-  void centre(Rows<kHeads, kVectors>& x) const {
-    for (int pass = 0; pass < (std::is_same_v<T, float> ? 2 : 1); ++pass) {
-      Vec totals[kHeads];
-      repeat<kHeads>(kHeads, [&](int64_t head) {
-        totals[head] = broadcast(0);
-        each_vector([&](int64_t i) { totals[head] = totals[head] + x.get(head, i); });
+  PerHead refine(Rows<kHeads, kVectors>& x, const PerHead& rounded_mean) const {
+    if constexpr (!std::is_same_v<T, float>) return rounded_mean;
+    Vec totals[kHeads];
+    repeat<kHeads>(kHeads, [&](int64_t head) {
+      totals[head] = broadcast(0);
+      each_vector([&](int64_t i) {
+        x.set(head, i, x.get(head, i) - rounded_mean[head]);
+        totals[head] = totals[head] + x.get(head, i);
       });
-      const PerHead mean_x = mean(totals);
-      repeat<kHeads>(kHeads, [&](int64_t head) {
-        each_vector([&](int64_t i) { x.set(head, i, x.get(head, i) - mean_x[head]); });
-      });
-    }
+    });
+    return mean(totals);
   }
 
   /// Replaces x by x_hat and returns rstd. A single pass would lose the variance of an x with a large mean, so that the
   /// variance takes a second pass.
   template <int kHeads>
   PerHead normalise(Rows<kHeads, kVectors>& x) const {
-    centre(x);
-    Vec squares[kHeads];
+    Vec totals[kHeads], squares[kHeads];
+    repeat<kHeads>(kHeads, [&](int64_t head) {
+      totals[head] = broadcast(0);
+      each_vector([&](int64_t i) { totals[head] = totals[head] + x.get(head, i); });
+    });
+    const PerHead mean_x = refine(x, mean(totals));
     repeat<kHeads>(kHeads, [&](int64_t head) {
       squares[head] = broadcast(0);
-      each_vector([&](int64_t i) { squares[head] = fma(x.get(head, i), x.get(head, i), squares[head]); });
+      each_vector([&](int64_t i) {
+        const Vec centred = x.get(head, i) - mean_x[head];
+        squares[head] = fma(centred, centred, squares[head]);
+        x.set(head, i, centred);
+      });
     });
     PerHead rstd = mean(squares);
     for (float& value : rstd.value) value = 1.0f / __builtin_sqrtf(value + problem_.eps);
@@ -321,25 +328,24 @@ class MMRopeKernel {
       each_vector([&](int64_t i) { x_hat.set(head, i, load_vector(from + head * tensor.x.head_stride, i)); });
     });
     const PerHead rstd = normalise(x_hat);
+    Vec sums_g[kHeads], sums_g_x_hat[kHeads];
+    repeat<kHeads>(kHeads, [&](int64_t head) { sums_g[head] = sums_g_x_hat[head] = broadcast(0); });
     each_vector([&](int64_t i) {
       const Vec weight = weight_vector(tensor.weight + row * head_dim_, i);
       repeat<kHeads>(kHeads, [&](int64_t head) {
+        const Vec g = dy.get(head, i) * weight;
         norm_sums.set(0, i, fma(dy.get(head, i), x_hat.get(head, i), norm_sums.get(0, i)));
         norm_sums.set(1, i, norm_sums.get(1, i) + dy.get(head, i));
-        dy.set(head, i, dy.get(head, i) * weight);
+        sums_g[head] = sums_g[head] + g;
+        sums_g_x_hat[head] = fma(g, x_hat.get(head, i), sums_g_x_hat[head]);
+        dy.set(head, i, g);
       });
     });
-    centre(dy);  // g - mean(g); since mean(x_hat) = 0, g and its centre have the same mean(g * x_hat)
-    Vec sums[kHeads];
-    repeat<kHeads>(kHeads, [&](int64_t head) {
-      sums[head] = broadcast(0);
-      each_vector([&](int64_t i) { sums[head] = fma(dy.get(head, i), x_hat.get(head, i), sums[head]); });
-    });
-    const PerHead mean_g_x_hat = mean(sums);
+    const PerHead mean_g = refine(dy, mean(sums_g)), mean_g_x_hat = mean(sums_g_x_hat);
     repeat<kHeads>(kHeads, [&](int64_t head) {
       const Vec minus_mean = broadcast(-mean_g_x_hat.value[head]);
       each_vector([&](int64_t i) {
-        dy.set(head, i, fma(x_hat.get(head, i), minus_mean, dy.get(head, i)) * rstd[head]);
+        dy.set(head, i, fma(x_hat.get(head, i), minus_mean, dy.get(head, i) - mean_g[head]) * rstd[head]);
       });
     });
   }
