@@ -13,7 +13,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("invalid_calls.py")
 COUNT = os.environ.get("LUMOS_INVALID_CALLS", "1000")
-KINDS = ("attention_by_hand", "attention_from_kv", "layout", "rope", "sample")
+KINDS = ("attention_by_hand", "attention_from_kv", "layout", "loss", "rope", "sample")
 
 
 def test_invalid_indices_are_refused_or_give_something_defined(tmp_path):
