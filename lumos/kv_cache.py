@@ -1,7 +1,7 @@
 """Keys and values of what has been decided: static buffers that sampling fills frame by frame.
 
 A cache is one row of keys for all documents of a pass. Every lane (one branch of one document) owns a run of it, so
-RowLimits, which want contiguous ranges that never step back, describe what each lane's queries see.
+RowLimits describe what each lane's queries see: one range a query.
 
 Legend: N tokens of capacity, K key/value heads, D head_dim.
 """
