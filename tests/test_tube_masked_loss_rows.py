@@ -265,5 +265,5 @@ def test_compiled_ops_refuse_buffers_of_other_sizes():
         lambda: ops.tube_masked_loss_gradient(logits, targets, 0, *ones, dlogits[:3], isa),
     ]
     for call in wrong:
-        with pytest.raises(RuntimeError, match="tube_masked_loss: "):
+        with pytest.raises(RuntimeError, match=r"must|no class|no block|blocks of"):
             call()

@@ -60,8 +60,8 @@ struct SafeLimits {
 
   SafeLimits(const Tensor& kv_start, const Tensor& kv_end, int64_t queries, int64_t keys)
       : start(queries), end(queries) {
-    STD_TORCH_CHECK(kv_start.numel() == queries && kv_end.numel() == queries, "kv_start and kv_end must be [Tq] = [",
-                    queries, "]; got ", kv_start.numel(), " and ", kv_end.numel(), " values");
+    check_tensor("kv_start", kv_start, {queries}, ScalarType::Int);
+    check_tensor("kv_end", kv_end, {queries}, ScalarType::Int);
     const int32_t *from = kv_start.const_data_ptr<int32_t>(), *to = kv_end.const_data_ptr<int32_t>();
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t first = std::clamp<int64_t>(from[i], 0, keys);
@@ -70,6 +70,18 @@ struct SafeLimits {
     }
   }
 };
+
+/// Raises an error unless k and v fit q, and a kernel computes the head size.
+void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q and k must be [T, H, D]");
+  const int64_t heads = q.size(1), kv_heads = k.size(1), head_dim = q.size(2);
+  STD_TORCH_CHECK(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "the kv heads must divide the query heads; got ",
+                  kv_heads, " and ", heads);
+  STD_TORCH_CHECK(head_dim > 0 && head_dim % 32 == 0, "the head size must be a multiple of 32; got ", head_dim);
+  check_tensor("q", q, {q.size(0), heads, head_dim}, q.scalar_type(), Strides::unit_last);
+  check_tensor("k", k, {k.size(0), kv_heads, head_dim}, q.scalar_type(), Strides::unit_last);
+  check_tensor("v", v, {k.size(0), kv_heads, head_dim}, q.scalar_type(), Strides::unit_last);
+}
 
 FrameAttentionProblem frame_attention_problem(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const SafeLimits& limits, double scale) {
@@ -111,6 +123,7 @@ std::vector<int64_t> heaviest_first(const FrameAttentionProblem& problem) {
 /// Returns o and lse. q, k and v have a unit last stride; the limits are int32 and contiguous, with any values.
 std::tuple<Tensor, Tensor> frame_attention_forward(Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_end,
                                                    double scale, int64_t isa) {
+  check_heads(q, k, v);
   const SafeLimits limits(kv_start, kv_end, q.size(0), k.size(0));
   FrameAttentionProblem problem = frame_attention_problem(q, k, v, limits, scale);
   Tensor o = empty_on_cpu(q.sizes(), q.scalar_type());
@@ -132,6 +145,11 @@ std::tuple<Tensor, Tensor> frame_attention_forward(Tensor q, Tensor k, Tensor v,
 std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(Tensor grad_o, std::optional<Tensor> grad_lse, Tensor q,
                                                             Tensor k, Tensor v, Tensor o, Tensor lse, Tensor kv_start,
                                                             Tensor kv_end, double scale, int64_t isa) {
+  check_heads(q, k, v);
+  check_tensor("grad_o", grad_o, {q.size(0), q.size(1), q.size(2)}, q.scalar_type(), Strides::unit_last);
+  check_tensor("o", o, {q.size(0), q.size(1), q.size(2)}, q.scalar_type(), Strides::unit_last);
+  check_tensor("lse", lse, {q.size(1), q.size(0)}, ScalarType::Float);
+  if (grad_lse) check_tensor("grad_lse", *grad_lse, {q.size(1), q.size(0)}, ScalarType::Float);
   const SafeLimits limits(kv_start, kv_end, q.size(0), k.size(0));
   FrameAttentionProblem problem = frame_attention_problem(q, k, v, limits, scale);
   const FrameAttentionKernels& kernels = frame_attention_kernels(isa, problem.dtype);

@@ -25,6 +25,8 @@ std::vector<int32_t> rising(const int32_t* bounds, int64_t count, int64_t tokens
 /// Returns positions, content, frame_index, kv_start, kv_end, q_start and q_end. ids is int32 or int64 [T], and
 /// cu_seqlens is int32 [B + 1]. Both are contiguous.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frame_layout(Tensor ids, Tensor cu_seqlens) {
+  check_tensor("ids", ids, {ids.numel()}, ids.scalar_type());
+  check_tensor("cu_seqlens", cu_seqlens, {cu_seqlens.numel()}, ScalarType::Int);
   const int64_t tokens = ids.size(0), documents = cu_seqlens.size(0) - 1;
   STD_TORCH_CHECK(tokens == 0 || documents > 0, "cu_seqlens holds no document for ", tokens, " tokens");
   const auto numbers = [&] { return torch::stable::empty({tokens}, ScalarType::Int); };

@@ -21,8 +21,15 @@ const Fp32Matmul& fp32_matmul(int64_t isa) {
   return kernels_for(isa, kFp32MatmulAvx512, kFp32MatmulAvx2, kFp32MatmulBase);
 }
 
+/// Raises an error unless x is a matrix of this dtype with a unit last stride.
+void check_matrix(const char* name, const Tensor& x, ScalarType dtype) {
+  STD_TORCH_CHECK(x.dim() == 2, name, " must be a matrix; got ", x.dim(), " dimensions");
+  check_tensor(name, x, {x.size(0), x.size(1)}, dtype, Strides::unit_last);
+}
+
 /// Returns a view of x, which is bf16 with a unit last stride.
 Bf16Matrix bf16_matrix(const Tensor& x) {
+  check_matrix("a bf16 factor", x, ScalarType::BFloat16);
   return {static_cast<const BFloat16*>(x.const_data_ptr()), x.size(0), x.size(1), x.stride(0)};
 }
 
@@ -46,6 +53,10 @@ Tensor pack_rows_bf16(Tensor x, int64_t isa) {
 void packed_matmul_bf16(Tensor packed, Tensor weight, Tensor out, int64_t isa) {
   const Bf16Matmul& matmul = checked_bf16_matmul(isa);
   const Bf16Matrix right = bf16_matrix(weight);
+  STD_TORCH_CHECK(out.dim() == 2, "out must be a matrix; got ", out.dim(), " dimensions");
+  check_tensor("out", out, {out.size(0), right.rows}, ScalarType::Float);
+  const int64_t words = ceil_div(out.size(0), kBf16TileRows) * ceil_div(right.columns, 2) * kBf16TileRows;
+  check_tensor("packed", packed, {words}, ScalarType::Int);
   const uint32_t* left = reinterpret_cast<const uint32_t*>(packed.const_data_ptr<int32_t>());
   float* to = out.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, ceil_div(right.rows, kBf16Panel), 1, [&](int64_t first, int64_t last) {
@@ -58,6 +69,9 @@ void packed_matmul_bf16(Tensor packed, Tensor weight, Tensor out, int64_t isa) {
 void add_outer_bf16(Tensor left, Tensor right, Tensor out, int64_t isa) {
   const Bf16Matmul& matmul = checked_bf16_matmul(isa);
   const Bf16Matrix rows = bf16_matrix(left), columns = bf16_matrix(right);
+  STD_TORCH_CHECK(rows.rows == columns.rows, "left and right must have the same rows; got ", rows.rows, " and ",
+                  columns.rows);
+  check_tensor("out", out, {rows.columns, columns.columns}, ScalarType::Float);
   const int64_t panels = ceil_div(columns.columns, kBf16Panel), pairs = ceil_div(columns.rows, 2);
   Tensor packed = empty_on_cpu({panels * pairs * kBf16Panel}, ScalarType::Int);
   uint32_t* packed_columns = reinterpret_cast<uint32_t*>(packed.mutable_data_ptr<int32_t>());
@@ -76,6 +90,7 @@ void add_outer_bf16(Tensor left, Tensor right, Tensor out, int64_t isa) {
 
 /// Returns x [R, C], packed as the left factor of packed_matmul_fp32. x is fp32 with a unit last stride.
 Tensor pack_rows_fp32(Tensor x, int64_t isa) {
+  check_matrix("x", x, ScalarType::Float);
   const int64_t rows = x.size(0), columns = x.size(1), tiles = ceil_div(rows, kFp32TileRows);
   Tensor packed = torch::stable::empty({tiles * kFp32TileRows * columns}, ScalarType::Float);
   const float* from = x.const_data_ptr<float>();
@@ -92,6 +107,11 @@ Tensor pack_rows_fp32(Tensor x, int64_t isa) {
 /// of any dtype, with a unit last stride.
 void packed_matmul_fp32(Tensor packed, Tensor weight, Tensor out, int64_t isa) {
   const Fp32Matmul& matmul = fp32_matmul(isa);
+  check_matrix("weight", weight, weight.scalar_type());
+  STD_TORCH_CHECK(out.dim() == 2, "out must be a matrix; got ", out.dim(), " dimensions");
+  check_tensor("out", out, {out.size(0), weight.size(0)}, ScalarType::Float);
+  const int64_t floats = ceil_div(out.size(0), kFp32TileRows) * kFp32TileRows * weight.size(1);
+  check_tensor("packed", packed, {floats}, ScalarType::Float);
   const Fp32Weight right{dtype_of(weight), weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0)};
   const float* left = packed.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();

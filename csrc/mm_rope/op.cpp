@@ -15,6 +15,31 @@ const MMRopeKernels& mm_rope_kernels(int64_t isa) {
   return kernels_for(isa, kMMRopeAvx512, kMMRopeAvx2, kMMRopeBase);
 }
 
+/// Raises an error unless q or k, and its norm, are what the kernels walk over.
+void check_side(const Tensor& x, const Tensor& q, const std::optional<Tensor>& weight,
+                const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(x.dim() == 3 && q.dim() == 3, "q and k must be [T, H, D]");
+  const int64_t heads = x.size(1), head_dim = q.size(2);
+  STD_TORCH_CHECK(head_dim % 32 == 0, "the head size must be a multiple of 32; got ", head_dim);
+  check_tensor("q or k", x, {q.size(0), heads, head_dim}, q.scalar_type(), Strides::unit_last);
+  STD_TORCH_CHECK(weight.has_value() == bias.has_value(), "a norm has both weight and bias");
+  if (!weight) return;
+  const int64_t rows = weight->dim() ? weight->size(0) : 0;
+  STD_TORCH_CHECK(rows > 0 && heads % rows == 0, "the rows of a norm must divide its heads; got ", rows, " and ",
+                  heads);
+  check_tensor("norm weight", *weight, {rows, head_dim}, ScalarType::Float);
+  check_tensor("norm bias", *bias, {rows, head_dim}, ScalarType::Float);
+}
+
+void check_inputs(const Tensor& q, const Tensor& k, const Tensor& positions, const std::optional<Tensor>& q_weight,
+                  const std::optional<Tensor>& q_bias, const std::optional<Tensor>& k_weight,
+                  const std::optional<Tensor>& k_bias, const Tensor& inv_freq) {
+  check_side(q, q, q_weight, q_bias);
+  check_side(k, q, k_weight, k_bias);
+  check_tensor("positions", positions, {3, q.size(0)}, ScalarType::Int, Strides::any);
+  check_tensor("inv_freq", inv_freq, {q.size(2) / 2}, ScalarType::Float);
+}
+
 MMRopeProblem mm_rope_problem(const Tensor& q, const Tensor& positions, const Tensor& inv_freq, double eps) {
   MMRopeProblem problem{};
   problem.dtype = dtype_of(q);
@@ -46,6 +71,7 @@ MMRopeTensor mm_rope_tensor(const Tensor& x, const Tensor& out, const std::optio
 std::tuple<Tensor, Tensor> mm_rope_forward(Tensor q, Tensor k, Tensor positions, std::optional<Tensor> q_weight,
                                            std::optional<Tensor> q_bias, std::optional<Tensor> k_weight,
                                            std::optional<Tensor> k_bias, Tensor inv_freq, double eps, int64_t isa) {
+  check_inputs(q, k, positions, q_weight, q_bias, k_weight, k_bias, inv_freq);
   const int64_t tokens = q.size(0);
   Tensor q_out = empty_on_cpu(q.sizes(), q.scalar_type());
   Tensor k_out = empty_on_cpu(k.sizes(), k.scalar_type());
@@ -92,6 +118,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mm_rope_backward(
     Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor positions, std::optional<Tensor> q_weight,
     std::optional<Tensor> q_bias, std::optional<Tensor> k_weight, std::optional<Tensor> k_bias, Tensor inv_freq,
     double eps, int64_t isa) {
+  check_inputs(q, k, positions, q_weight, q_bias, k_weight, k_bias, inv_freq);
+  check_tensor("grad_q", grad_q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type(), Strides::unit_last);
+  check_tensor("grad_k", grad_k, {q.size(0), k.size(1), q.size(2)}, q.scalar_type(), Strides::unit_last);
   const int64_t tokens = q.size(0), blocks = ceil_div(tokens, kMMRopeBlock);
   Tensor dq = empty_on_cpu(q.sizes(), q.scalar_type());
   Tensor dk = empty_on_cpu(k.sizes(), k.scalar_type());

@@ -2,7 +2,8 @@
 // every torch from TORCH_TARGET_VERSION on. Only this folder and the op.cpp files include torch's headers.
 //
 // An op.cpp file turns tensors into the plain structs of a problem.h and hands out the threads. The kernels know
-// neither torch nor threads. Callers (lumos_kernels/*/native.py) have validated shapes, dtypes and devices.
+// neither torch nor threads. An op checks the shape, dtype and strides of what it gets (check_tensor): whatever a
+// caller of torch.ops passes, no kernel leaves its tensors.
 //
 // An op takes its instruction set as an int: torch's stable ABI leaks a std::string for every string argument (seen in
 // 2.13).
@@ -14,7 +15,9 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
+#include <string>
 
 #include "simd/isa.h"
 #include "simd/views.h"
@@ -55,6 +58,29 @@ const Kernels& kernels_for(int64_t isa, const Kernels& avx512, const Kernels& av
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// How a kernel walks over a tensor. A last dimension of one element counts as one with a unit stride.
+enum class Strides { any, unit_last, contiguous };
+
+/// Raises an error unless x has these sizes, this dtype and such strides.
+inline void check_tensor(const char* name, const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype,
+                         Strides strides = Strides::contiguous) {
+  const int64_t dims = x.dim();
+  bool fits = dims == static_cast<int64_t>(sizes.size()) && x.scalar_type() == dtype;
+  for (int64_t i = 0; fits && i < dims; ++i) fits = x.size(i) == sizes.begin()[i];
+  if (fits && strides != Strides::any && x.numel()) {
+    fits = strides == Strides::contiguous ? x.is_contiguous() : x.size(dims - 1) == 1 || x.stride(dims - 1) == 1;
+  }
+  if (fits) return;
+  std::string wanted, got;
+  for (const int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  for (int64_t i = 0; i < dims; ++i) got += (i ? ", " : "") + std::to_string(x.size(i));
+  constexpr const char* kStrides[] = {"", ", with a unit last stride", ", contiguous"};
+  STD_TORCH_CHECK(false, name, " must be [", wanted, "] of the dtype that the op takes",
+                  kStrides[static_cast<int>(strides)], "; got [", got, "]",
+                  x.is_contiguous() ? "" : ", not contiguous", ", ",
+                  x.scalar_type() == dtype ? "of that dtype" : "of another dtype");
+}
 
 /// Return views of a tensor [T, H, D] with a unit last stride.
 inline ConstHeads read_heads(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }

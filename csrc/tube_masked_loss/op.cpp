@@ -13,10 +13,11 @@ const TubeMaskedLossKernels& tube_masked_loss_kernels(int64_t isa) {
   return kernels_for(isa, kTubeMaskedLossAvx512, kTubeMaskedLossAvx2, kTubeMaskedLossBase);
 }
 
-/// Raises an error unless a tensor of per-row data is contiguous and has `count` elements.
-void check_count(const char* name, const Tensor& tensor, int64_t count) {
-  STD_TORCH_CHECK(tensor.numel() == count && tensor.is_contiguous(), "tube_masked_loss: ", name,
-                  " must be contiguous, of ", count, " elements; got ", tensor.numel());
+constexpr int64_t kMostClasses = INT64_MAX / 2;  // sums of two such numbers do not overflow
+
+void check_dlogits(const Tensor& dlogits, int64_t rows, int64_t classes) {
+  STD_TORCH_CHECK(dtype_of(dlogits) != Dtype::fp16, "dlogits must be bf16 or fp32");
+  check_tensor("dlogits", dlogits, {rows, classes}, dlogits.scalar_type(), Strides::unit_last);
 }
 
 /// logits is fp32 [R, classes] and contiguous. targets is int64 [R]. dlogits is [R, K], bf16 or fp32, with a unit last
@@ -24,15 +25,18 @@ void check_count(const char* name, const Tensor& tensor, int64_t count) {
 TubeMaskedLossBlock tube_masked_loss_block(const Tensor& logits, const Tensor& targets, int64_t first,
                                            const std::optional<Tensor>& dlogits) {
   TubeMaskedLossBlock block{};
+  STD_TORCH_CHECK(logits.dim() == 2, "logits must be [R, classes]; got ", logits.dim(), " dimensions");
+  check_tensor("logits", logits, {logits.size(0), logits.size(1)}, ScalarType::Float);
+  check_tensor("targets", targets, {logits.size(0)}, ScalarType::Long);
+  STD_TORCH_CHECK(first >= 0 && first <= kMostClasses, "tube_masked_loss: no class ", first);
   block.classes = logits.size(1);
-  check_count("targets", targets, logits.size(0));
   block.first = first;
   block.logits = logits.const_data_ptr<float>();
   block.targets = targets.const_data_ptr<int64_t>();
   if (dlogits) {
-    STD_TORCH_CHECK(dlogits->size(0) == logits.size(0) && first >= 0 && first + block.classes <= dlogits->size(1),
-                    "tube_masked_loss: dlogits must have the rows of logits and hold classes ", first, " to ",
-                    first + block.classes - 1);
+    check_dlogits(*dlogits, logits.size(0), dlogits->size(1));
+    STD_TORCH_CHECK(first + block.classes <= dlogits->size(1), "tube_masked_loss: dlogits must hold classes ", first,
+                    " to ", first + block.classes - 1, "; got ", dlogits->size(1), " columns");
     block.slice_classes = dlogits->size(1);
     block.dtype = dtype_of(*dlogits);
     block.dlogits = dlogits->mutable_data_ptr();
@@ -50,10 +54,10 @@ TubeMaskedLossStats tube_masked_loss_stats(const Tensor& maximum, const Tensor& 
 
 void check_stats(int64_t rows, const Tensor& maximum, const Tensor& sum, const Tensor& target_logit,
                  const Tensor& beaten) {
-  check_count("maximum", maximum, rows * maximum.size(1));
-  check_count("sum", sum, maximum.numel());
-  check_count("target_logit", target_logit, rows);
-  check_count("beaten", beaten, rows);
+  check_tensor("maximum", maximum, {rows, maximum.size(1)}, ScalarType::Float);
+  check_tensor("sum", sum, {rows, maximum.size(1)}, ScalarType::Float);
+  check_tensor("target_logit", target_logit, {rows}, ScalarType::Float);
+  check_tensor("beaten", beaten, {rows}, ScalarType::Bool);
 }
 
 /// Computes the statistics of a block of logits, and writes its exponentials to dlogits if that is given.
@@ -62,6 +66,7 @@ void tube_masked_loss_reduce(Tensor logits, Tensor targets, int64_t first, int64
                              int64_t isa) {
   TubeMaskedLossBlock block = tube_masked_loss_block(logits, targets, first, dlogits);
   block.block = block_index;
+  STD_TORCH_CHECK(maximum.dim() == 2, "maximum must be [R, blocks]");
   block.blocks = maximum.size(1);
   STD_TORCH_CHECK(block_index >= 0 && block_index < block.blocks, "tube_masked_loss: no block ", block_index, " of ",
                   block.blocks);
@@ -78,16 +83,16 @@ std::tuple<Tensor, Tensor, Tensor> tube_masked_loss_finish(Tensor targets, std::
                                                            double z_loss_weight, int64_t classes, int64_t block_classes,
                                                            Tensor maximum, Tensor sum, Tensor target_logit,
                                                            Tensor beaten, std::optional<Tensor> dlogits, int64_t isa) {
-  const int64_t rows = targets.size(0);
-  check_count("targets", targets, rows);
+  STD_TORCH_CHECK(maximum.dim() == 2, "maximum must be [R, blocks]");
+  const int64_t rows = targets.numel();
+  check_tensor("targets", targets, {rows}, ScalarType::Long);
   check_stats(rows, maximum, sum, target_logit, beaten);
-  if (token_weight) check_count("token_weight", *token_weight, rows);
-  STD_TORCH_CHECK(block_classes > 0 && ceil_div(classes, block_classes) == maximum.size(1), "tube_masked_loss: ",
-                  classes, " classes in blocks of ", block_classes, " are not ", maximum.size(1), " blocks");
-  if (dlogits) {
-    STD_TORCH_CHECK(dlogits->size(0) == rows && dlogits->size(1) == classes, "tube_masked_loss: dlogits must be [",
-                    rows, ", ", classes, "]");
-  }
+  if (token_weight) check_tensor("token_weight", *token_weight, {rows}, ScalarType::Float);
+  STD_TORCH_CHECK(classes > 0 && classes <= kMostClasses && block_classes > 0 && block_classes <= kMostClasses &&
+                      ceil_div(classes, block_classes) == maximum.size(1),
+                  "tube_masked_loss: ", classes, " classes in blocks of ", block_classes, " are not ", maximum.size(1),
+                  " blocks");
+  if (dlogits) check_dlogits(*dlogits, rows, classes);
   Tensor nll = empty_on_cpu({rows}, ScalarType::Float);
   Tensor lse = empty_on_cpu({rows}, ScalarType::Float);
   Tensor correct = empty_on_cpu({rows}, ScalarType::Bool);
@@ -117,9 +122,9 @@ std::tuple<Tensor, Tensor, Tensor> tube_masked_loss_finish(Tensor targets, std::
 void tube_masked_loss_gradient(Tensor logits, Tensor targets, int64_t first, Tensor lse, Tensor dnll, Tensor dlse,
                                Tensor dlogits, int64_t isa) {
   const TubeMaskedLossBlock block = tube_masked_loss_block(logits, targets, first, dlogits);
-  check_count("lse", lse, logits.size(0));
-  check_count("dnll", dnll, logits.size(0));
-  check_count("dlse", dlse, logits.size(0));
+  check_tensor("lse", lse, {logits.size(0)}, ScalarType::Float);
+  check_tensor("dnll", dnll, {logits.size(0)}, ScalarType::Float);
+  check_tensor("dlse", dlse, {logits.size(0)}, ScalarType::Float);
   const TubeMaskedLossGradient upstream{lse.const_data_ptr<float>(), dnll.const_data_ptr<float>(),
                                         dlse.const_data_ptr<float>()};
   torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
