@@ -30,11 +30,17 @@ def needs_int64_offsets(*tensors: Tensor) -> bool:
 
 
 def host_may_read(*tensors: Tensor) -> bool:
-    """Return whether the host may look at the values: plain tensors on the CPU, outside torch.compile.
+    """Return whether the host may look at the values: plain tensors on the CPU, outside torch.compile and make_fx.
 
-    A tensor of a subclass, such as FakeTensor, may have no values. Those on a GPU would make the host wait.
+    A tensor of a subclass, such as FakeTensor, may have no values, and vmap hides those of its tensors. Those on a GPU
+    would make the host wait.
     """
-    return not torch.compiler.is_compiling() and all(type(t) is Tensor and t.device.type == "cpu" for t in tensors)
+    if torch.compiler.is_compiling():  # asked first: Dynamo cannot trace what follows
+        return False
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # make_fx
+        return False
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return all(type(t) is Tensor and t.device.type == "cpu" and not is_wrapped(t) for t in tensors)
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

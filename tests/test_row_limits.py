@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lumos_kernels import Frame, FrameLayout, RowLimits, Text, dispatch, library
 from lumos_kernels.frame_layout import reference
@@ -227,3 +228,25 @@ def test_a_copy_to_the_cpu_has_arrived(monkeypatch):
     copies.clear()
     layout.to("meta")
     assert copies == [("meta", True)] * 8
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, make_fx])
+def test_no_check_inside_transforms_that_hide_the_values(transform):
+    """vmap and make_fx refuse to hand out values, so a check by default would refuse the call."""
+    start, end = torch.zeros(2, 9, dtype=torch.int32), torch.arange(1, 10, dtype=torch.int32).expand(2, 9)
+    cu_seqlens = torch.tensor([[0, 4, 9], [0, 9, 9]])
+
+    def bounds(start, end, cu_seqlens):
+        limits = RowLimits.from_kv(start, end, 9)
+        read = FrameLayout.from_tokens(torch.zeros(9, dtype=torch.int64), cu_seqlens).limits
+        return limits.q_start, limits.q_end, read.kv_start, read.kv_end
+
+    expected = [bounds(*row) for row in zip(start, end, cu_seqlens, strict=True)]
+    if transform is make_fx:
+        traced = make_fx(bounds)(start[0], end[0], cu_seqlens[0])
+        results = [traced(*row) for row in zip(start, end, cu_seqlens, strict=True)]
+    else:
+        results = list(zip(*torch.func.vmap(bounds)(start, end, cu_seqlens), strict=True))
+    for result, wanted in zip(results, expected, strict=True):
+        for a, b in zip(result, wanted, strict=True):
+            assert_bitwise_equal(a, b)
