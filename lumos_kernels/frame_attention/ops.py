@@ -76,6 +76,7 @@ def _backward(grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, *rest: Any) ->
     *inputs, o, lse, deterministic, impl = rest
     chosen = OP.choose(impl, Problem.of(q, q.shape[-1]))
     given, grad_o = _inputs(q, *inputs), unit_last_stride(grad_o)
+    o, lse = unit_last_stride(o), lse.contiguous()  # hooks on saved tensors may give back other strides
     missing = _missing_channels(chosen, q.shape[-1])
     if missing:
         given, o, grad_o = _padded(given, missing), F.pad(o, (0, missing)), F.pad(grad_o, (0, missing))

@@ -95,3 +95,20 @@ def test_other_head_sizes_are_padded(head_dim, fused, device):
     leaves = on(device, leaves_of(limits, (4, 2), head_dim, torch.float16))
     with as_on(fused=fused):
         check(leaves, limits, upstream_of(leaves, lse=True))
+
+
+def test_the_backward_op_takes_o_and_lse_of_any_strides(device):
+    """Hooks on saved tensors may give back other strides. The kernels walk over lse as over a contiguous one."""
+    limits = anything(90, 100).to(device)
+    rows = limits.kv_start, limits.kv_end, limits.q_start, limits.q_end
+    q, k, v = on(device, leaves_of(limits, (2, 1), 32, FP32))
+    o, lse = torch.ops.lumos_kernels.frame_attention(q, k, v, *rows, 0.2, "triton")
+
+    def gradients(o, lse):
+        return torch.ops.lumos_kernels.frame_attention_backward(
+            torch.ones_like(q), None, q, k, v, *rows, 0.2, o, lse, True, "triton"
+        )
+
+    turned = gradients(o.mT.contiguous().mT, lse.mT.contiguous().mT)
+    for name, a, b in zip(("dq", "dk", "dv"), turned, gradients(o, lse), strict=True):
+        assert_bitwise_equal(a, b, name)
