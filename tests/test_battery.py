@@ -78,7 +78,7 @@ def wrong_eps():
 
 
 def wrong_dtype():
-    return forward_wrapped(rope, lambda out: type(out)(*(x.float() for x in out)))
+    return forward_wrapped(sample, lambda out: type(out)(out.classes, out.confidence.double()))
 
 
 def wrong_strides():
@@ -114,7 +114,7 @@ def wrong_temperature():
         ("frame_attention", wrong_o, "o"),
         ("frame_attention", wrong_scale, "o"),
         ("mm_rope", wrong_eps, "q"),
-        ("mm_rope", wrong_dtype, "instead of torch.bfloat16"),
+        ("masked_sample", wrong_dtype, "instead of torch.float32"),
         ("mm_rope", wrong_strides, "gradient of k every second row"),
         ("masked_sample", wrong_counter, "drawn"),
         ("masked_sample", wrong_temperature, "log confidence"),
