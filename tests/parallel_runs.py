@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,18 +163,19 @@ def main(out: Path) -> None:
     parallel.close()
 
 
-def _as_rank(rank: int, processes: int, port: int, out: Path) -> None:
+def _as_rank(rank: int, processes: int, port: int, run: Callable[[Path], object], out: Path) -> None:
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {name: str(value) for name, value in {**environment, "MASTER_PORT": port}.items()}
-    main(out)
+    run(out)
 
 
-def fork(out: Path, processes: int) -> int:
+def fork(out: Path, processes: int, run: Callable[[Path], object] = main) -> int:
+    """Run `run(out)` in so many ranks, whose environment torchrun would have set. Return the worst exit code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_as_rank, args=(rank, processes, port, out)) for rank in range(processes)]
+    ranks = [context.Process(target=_as_rank, args=(rank, processes, port, run, out)) for rank in range(processes)]
     for rank in ranks:
         rank.start()
     for rank in ranks:

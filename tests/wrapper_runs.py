@@ -8,9 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import multiprocessing
-import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -203,32 +200,18 @@ def alone(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     return gradients(model)
 
 
-def as_rank(rank: int, port: int, out: Path) -> None:
+def as_rank(out: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo")
     for name, case in CASES.items():
         torch.manual_seed(0)
         try:
             found = copy.copy(case())
         except Exception as error:  # one case that fails leaves the others their turn; its test shows the error
             found = f"{type(error).__name__}: {error}"
-        torch.save(found, out / f"{name}.{rank}.pt")
+        torch.save(found, out / f"{name}.{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
-def main(out: Path) -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=as_rank, args=(rank, port, out)) for rank in range(RANKS)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    return max(abs(rank.exitcode) for rank in ranks)
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(parallel_runs.fork(Path(sys.argv[1]), RANKS, as_rank))
