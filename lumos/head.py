@@ -192,7 +192,7 @@ def head_layers(head: nn.Module) -> list[nn.Module]:
 
 
 def lends(layer: nn.Module) -> bool:
-    """Whether forward of a layer takes `use`: an LMHead, or a layer of the official model that was patched to."""
+    """Return whether forward of a layer takes `use`: that of an LMHead does, and of a patched official layer."""
     replaced, patched = layer.__dict__.get("forward"), "_lumos_forward" in layer.__dict__
     if replaced is not None and "_hf_hook" not in layer.__dict__:  # accelerate's hooks pass their arguments on
         return patched and isinstance(replaced, partial)
@@ -200,7 +200,7 @@ def lends(layer: nn.Module) -> bool:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether the weight of a layer is a tensor subclass such as torchao's quantised ones, which ops cannot read."""
+    """Return whether the weight is a tensor subclass, such as torchao's quantised ones, which ops cannot read."""
     weight = getattr(layer, "weight", None)
     return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "placements")  # FSDP gathers a DTensor
 

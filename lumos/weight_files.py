@@ -149,7 +149,7 @@ def _head(file: Path) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, in one line, without torch's advice to run the code of the pickle."""
+    """Describe what is wrong in one line, without torch's advice to run the code of the pickle."""
     text = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
     text = re.split(r"\.? (?:was not an allowed|Please use|Please file|This file can still)", text)[0]
     return text if isinstance(error, RuntimeError) and text else f"{type(error).__name__} {text}".rstrip()

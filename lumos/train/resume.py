@@ -104,7 +104,7 @@ def differing_options(saved: Mapping[str, Any], config: TrainConfig) -> list[str
 
 
 def _same_documents(saved: Any, data: Sequence[DataSource], **changes: Any) -> bool:
-    """Whether saved sources give the same documents, with numbers in another spelling (lumos.data.sources).
+    """Return whether saved sources give the same documents, with numbers in another spelling (lumos.data.sources).
 
     A run of a version without `numbers`, or with the default of its time, has left placeholders in the texts: None.
     """
