@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lumos_kernels.testing import assert_close_to_reference
+
 DRAWS = 32
+FEW_ROWS = 16  # with so few, the largest eager error of one order of the sums is a matter of luck
 
 
 def _orders(size: int, device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -56,3 +59,18 @@ def channel_draws(*operands: Tensor) -> Iterator[tuple[Tensor, ...]]:
     for _ in range(DRAWS):
         order, _ = _orders(operands[0].shape[-1], operands[0].device, generator)
         yield tuple(x[..., order] for x in operands)
+
+
+def assert_attention_close(
+    actual: Sequence[Tensor],
+    rival: Callable[..., Sequence[Tensor]],
+    high: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+) -> None:
+    """Judge o, lse, dq, dk and dv by `rival(leaves, upstream)`, in several orders of its sums where rows are few."""
+    draws = [rival(leaves, upstream)]
+    if len(leaves[0]) < FEW_ROWS:
+        draws += attention_draws(rival, leaves, upstream)
+    for name, a, hi, *lows in zip(("o", "lse", "dq", "dk", "dv"), actual, high, *draws, strict=True):
+        assert_close_to_reference(a, lows, hi, name)
